@@ -1,0 +1,41 @@
+# The newest python3.11 at hand, else python3; override with `make PYTHON=/path/to/python`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+# On a CPU, huge pages spare a train step most of its page faults; elsewhere this does nothing.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+.PHONY: help .venv demo test test-slow lint format clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+.venv: $(STAMP)  ## Make the virtual environment and install fot into it, again when requirements change.
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: fot needs Python 3.11 or newer and '$(PYTHON)' is not: run 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)  ## Train and evaluate a small Focused Transformer, at most 20 minutes on 2 cores; results in runs/demo.
+	$(BIN)/python -m fot.demo --config=configs/demo.py --workdir=runs/demo
+
+test: $(STAMP) lint  ## Lint, and run every test that isn't slow.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## Run the slow tests alone.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## Check lint rules and format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Mend lint and format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment, builds and caches; runs/ stays.
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

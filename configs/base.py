@@ -1,0 +1,98 @@
+"""What the runs share: the defaults of `fot.config`, the paper's small models, and LongLLaMA."""
+
+import ml_collections
+
+from fot import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the defaults of every field, locked: a field that does not exist can't be set by a typo."""
+    return ml_collections.ConfigDict(config_lib.to_dict(config_lib.ExperimentConfig())).lock()
+
+
+def paper() -> ml_collections.ConfigDict:
+    """Returns what the paper's models of 37M to 1.2B share (FoT, section 4 and Appendix A).
+
+    The paper counts a batch in tokens of C_curr. Here a pack is a pair of rows, C_prev and C_curr, with the loss on
+    C_curr alone, so `data.batch_size` is twice the paper's rows: 32k tokens of context 512 are 64 pairs, 128 rows.
+    Only so do 64 documents fit that d = 64 needs.
+    """
+    config = get_config()
+    config.model.layers = 12
+    config.model.memory_layers = (8,)
+    config.model.mlp = "gelu"
+    config.model.qk_norm = True
+    config.model.memory_positions = "none"
+    config.model.tied_embeddings = True
+    config.model.rope_theta = 1e4
+    config.model.compute_dtype = "bfloat16"
+    config.crossbatch.variant = "previous"
+    config.crossbatch.packing = 2
+    config.crossbatch.w = 1
+    config.crossbatch.loss_rows = "last"
+    config.optimizer.name = "adafactor"
+    config.optimizer.schedule = "rsqrt"
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.beta1 = 0.9
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 0.0  # AdaFactor clips each update by itself
+    documents(config)
+    cluster(config)
+    config.evaluate.readers = ("knn",)
+    config.evaluate.neighbours = 128
+    return config
+
+
+def longllama() -> ml_collections.ConfigDict:
+    """Returns what the LongLLaMA models share: LLaMA's architecture and the recipe of FoT, section 5.
+
+    4 rows of 2048 tokens continue one document: 8k tokens of context in all.
+    """
+    config = get_config()
+    config.model.mlp = "swiglu"
+    config.model.qk_norm = False
+    config.model.memory_positions = "zero"
+    config.model.tied_embeddings = False
+    config.model.vocab_size = 32_000
+    config.model.rope_theta = 1e4
+    config.model.norm_epsilon = 1e-6
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.model.attention_block = 512
+    config.crossbatch.variant = "segments"
+    config.crossbatch.packing = 4
+    config.crossbatch.loss_rows = "all"
+    config.optimizer.name = "adamw"
+    config.optimizer.schedule = "constant"
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 0
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
+    documents(config)
+    config.data.context = 2048
+    config.data.batch_size = 128  # 256k tokens
+    config.data.min_document_tokens = 1024
+    cluster(config)
+    config.evaluate.memory = (0, 2048, 6144, 16384, 65536)
+    config.evaluate.readers = ("dense",)
+    config.evaluate.modes = ("single_doc",)
+    return config
+
+
+def documents(config: ml_collections.ConfigDict) -> None:
+    """Sets placeholders for the user's own documents and tokenizer; a run names them by its overrides."""
+    config.data.task = "files"
+    config.data.files = "documents/**/*.txt"
+    config.data.tokenizer = "file"
+    config.data.tokenizer_file = "tokenizer.model"
+
+
+def cluster(config: ml_collections.ConfigDict) -> None:
+    """Sets the habits of a run of days: rarer lines, losses and checkpoints."""
+    config.train.log_every = 50
+    config.train.evaluate_every = 1000
+    config.train.checkpoint_every = 1000
+    config.train.keep_every = 10_000
+    config.evaluate.max_documents = 256

@@ -1,0 +1,507 @@
+"""Every field of an experiment: its type, its default, and the checks that a run passes before it starts.
+
+Configs are frozen, hashable dataclasses. `configs/*.py` hold them as `ml_collections.ConfigDict`s, so that
+every field can be overridden on the command line; `from_dict` freezes and validates them. Code below this
+file never supplies a default of its own.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fot.errors import ConfigError
+
+MLPS = ("swiglu", "gelu")
+MEMORY_POSITIONS = ("none", "zero")
+REMATS = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+CROSSBATCH_VARIANTS = ("none", "previous", "segments", "released")
+LOSS_ROWS = ("all", "last")
+D_SCHEDULES = ("constant", "steps", "accuracy", "random")
+OPTIMIZERS = ("adamw", "adafactor")
+LR_SCHEDULES = ("constant", "cosine", "rsqrt")
+READER_NAMES = ("dense", "knn")
+TASKS = ("python_stdlib", "files")
+TOKENIZERS = ("bytes", "trained", "file")
+MEMORY_MODES = ("single_doc", "multi_doc")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name}={value} must be greater than 0")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{name}={value} must be 0 or greater")
+
+
+def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(str(value), choices)}")
+
+
+def _nearest(name: str, names: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The Transformer (FoT, Appendix A). Data, not subclasses, tells the paper's models from LLaMA ones.
+
+    Attributes:
+      vocab_size: rows of the embedding; a tokenizer may have fewer pieces.
+      layers: number of layers.
+      dim: width of the residual stream.
+      heads: query heads.
+      kv_heads: key and value heads; fewer than `heads` is grouped-query attention.
+      head_dim: width of a head.
+      mlp_dim: width of the feed-forward layer.
+      mlp: "swiglu" (LLaMA) or "gelu" (the paper's small models).
+      tied_embeddings: the output head is the embedding, transposed.
+      rope_theta: base of the rotary frequencies, θ.
+      norm_epsilon: ε of RMSNorm.
+      memory_layers: indices (from 0) of the layers that see other contexts or a memory, ascending.
+      memory_positions: "none": memory layers have no positional encoding (the paper's small models); "zero": RoPE
+        inside the local context, keys from elsewhere encoded at position 0 (LongLLaMA).
+      qk_norm: L2-normalised queries and keys with a learnable temperature per head (the paper's small models).
+      qk_scale: for qk_norm: what the inner products are multiplied by at first, 1/τ; about log2 of the square of the
+        keys in view (Henry et al., 2020).
+      memory_gate: combine local and memory attention by a learned gate per head (Memorizing Transformer) and not
+        in one softmax.
+      compute_dtype: dtype of activations and matrix products; parameters are stored in float32.
+      remat: what the backward pass recomputes: "none", "full" (every layer), "dots" (all but matrix products).
+      attention_block: queries per block of attention logits, in tokens; bounds memory, changes no result.
+      unroll: layers unrolled in each iteration of the scan over layers; more compiles longer and may run faster.
+    """
+
+    vocab_size: int = 512
+    layers: int = 4
+    dim: int = 128
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    mlp_dim: int = 512
+    mlp: str = "gelu"
+    memory_layers: tuple[int, ...] = (2,)
+    memory_positions: str = "none"
+    qk_norm: bool = True
+    qk_scale: float = 12.0
+    memory_gate: bool = False
+    tied_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    attention_block: int = 128
+    unroll: int = 1
+
+    def __post_init__(self):
+        _positive(self, "unroll", "vocab_size", "layers", "dim", "heads", "kv_heads", "head_dim", "mlp_dim")
+        _positive(self, "rope_theta", "norm_epsilon", "attention_block", "qk_scale")
+        _one_of(self, "mlp", MLPS)
+        _one_of(self, "memory_positions", MEMORY_POSITIONS)
+        _one_of(self, "compute_dtype", DTYPES)
+        _one_of(self, "remat", REMATS)
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}",
+        )
+        _require(
+            tuple(sorted(set(self.memory_layers))) == self.memory_layers,
+            f"memory_layers={self.memory_layers} must be ascending without repeats",
+        )
+        for layer in self.memory_layers:
+            _require(
+                0 <= layer < self.layers,
+                f"memory_layers={self.memory_layers}: layer {layer} does not exist, "
+                f"layers={self.layers} are numbered 0 to {self.layers - 1}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossbatchConfig:
+    """Which contexts the memory layers see in training (FoT, section 3.2 and Appendix A).
+
+    A pack is `packing` consecutive rows of one document stream; rows are numbered pack by pack.
+
+    Attributes:
+      variant: "none", "previous" (the paper's d and w), "segments" (LongLLaMA's (p, n)), or "released"
+        (range, stepping and packing of the released LongLLaMA code).
+      packing: consecutive rows that continue one document, K.
+      d: for "previous", documents whose contexts a row sees, its own included, for each phase of the schedule.
+      w: for "previous", how many previous contexts of each document a row sees at most.
+      segments: for "segments", (positives, negatives) for each place in the pack; sets K.
+      range: for "released", how many rows before its own a row sees at most.
+      stepping: for "released", grow what a row sees with its place in the pack.
+      loss_rows: "all" rows of a pack, or only the "last" (the paper's C_curr), the others being context alone.
+      mask_documents: hide what belongs to no positive or negative: other documents inside a row or its previous
+        contexts, and later parts of the own document. False reproduces the released code.
+      d_schedule: "constant", "steps", "accuracy" or "random", over the phases of `d`.
+      d_steps: for "steps", the steps at which the next phase of `d` begins.
+      d_accuracy: for "accuracy", the training accuracy at which the next phase begins.
+    """
+
+    variant: str = "previous"
+    packing: int = 2
+    d: tuple[int, ...] = (1,)
+    w: int = 1
+    segments: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 1), (3, 0))
+    range: int = 3
+    stepping: bool = True
+    loss_rows: str = "all"
+    mask_documents: bool = True
+    d_schedule: str = "constant"
+    d_steps: tuple[int, ...] = ()
+    d_accuracy: float = 0.98
+
+    def __post_init__(self):
+        _one_of(self, "variant", CROSSBATCH_VARIANTS)
+        _one_of(self, "loss_rows", LOSS_ROWS)
+        _one_of(self, "d_schedule", D_SCHEDULES)
+        _positive(self, "packing", "w", "range")
+        _require(len(self.d) > 0 and all(d > 0 for d in self.d), f"d={self.d} must name at least one d, each above 0")
+        if self.variant == "previous":
+            _require(
+                self.w < self.packing,
+                f"w={self.w} previous contexts need packing={self.packing} to be at least {self.w + 1}",
+            )
+        if self.variant == "segments":
+            _require(
+                len(self.segments) == self.packing,
+                f"segments has {len(self.segments)} places but packing={self.packing}: they must be equal",
+            )
+            for place, segment in enumerate(self.segments):
+                _require(
+                    len(segment) == 2 and 0 <= segment[0] <= place and segment[1] >= 0,
+                    f"segments[{place}]={segment} must be (positives, negatives) with at most {place} positives",
+                )
+        if self.d_schedule == "constant":
+            _require(len(self.d) == 1, f"d={self.d} has several phases: set d_schedule to steps, accuracy or random")
+        if self.d_schedule == "steps":
+            _require(
+                len(self.d_steps) == len(self.d) - 1 and list(self.d_steps) == sorted(set(self.d_steps)),
+                f"d_steps={self.d_steps} must be {len(self.d) - 1} ascending steps, one less than the phases of d",
+            )
+        _require(0 < self.d_accuracy <= 1, f"d_accuracy={self.d_accuracy} must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Documents, tokenizer and batch (FoT, Appendix A.4).
+
+    Attributes:
+      task: an entry of `fot.data.tasks.TASKS`.
+      files: for task "files": glob of text files, one document each.
+      tokenizer_file: for tokenizer "file": a SentencePiece model.
+      seed: of the order of documents.
+      tokenizer: "bytes"; "trained": a SentencePiece BPE model of `model.vocab_size` trained once on the task's
+        training documents and cached; "file": the SentencePiece model in `tokenizer_file`.
+      context: tokens of a row, the local context T.
+      batch_size: rows of a batch; a multiple of `crossbatch.packing`.
+      min_document_tokens: shorter documents are left out.
+      held_out_fraction: share of the documents held out from training, chosen by document.
+      cache_dir: where tokenizers and tokenized documents are cached; "" is the user's cache folder.
+    """
+
+    task: str = "python_stdlib"
+    files: str = ""
+    tokenizer: str = "trained"
+    tokenizer_file: str = ""
+    context: int = 128
+    batch_size: int = 8
+    min_document_tokens: int = 256
+    held_out_fraction: float = 0.05
+    cache_dir: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of(self, "task", TASKS)
+        _one_of(self, "tokenizer", TOKENIZERS)
+        _positive(self, "context", "batch_size")
+        _not_negative(self, "min_document_tokens", "seed")
+        _require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must be between 0 and 1")
+        _require(
+            self.tokenizer != "file" or self.tokenizer_file != "",
+            "tokenizer_file is empty: name a SentencePiece model, or set tokenizer to bytes or trained",
+        )
+        _require(self.task != "files" or self.files != "", "files is empty: name a glob of text files for task=files")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning rate (FoT, Appendix A).
+
+    Attributes:
+      name: "adamw" (LongLLaMA) or "adafactor" (the paper's small models).
+      learning_rate: peak learning rate.
+      min_learning_rate: where "cosine" ends and below which "rsqrt" does not go.
+      beta1: decay of the first moment.
+      beta2: decay of AdamW's second moment.
+      epsilon: AdamW's ε.
+      schedule: "constant", "cosine" (down to `min_learning_rate` at the last step), or "rsqrt"
+        (peak·sqrt(warmup/step), never below `min_learning_rate`), each after a linear warm-up.
+      warmup_steps: steps from 0 to `learning_rate`.
+      clip_norm: largest global gradient norm; 0 is no clipping.
+      weight_decay: decoupled; spares norms, temperatures and gates.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 4e-3
+    min_learning_rate: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _one_of(self, "name", OPTIMIZERS)
+        _one_of(self, "schedule", LR_SCHEDULES)
+        _positive(self, "learning_rate", "epsilon")
+        _not_negative(self, "min_learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            f"min_learning_rate={self.min_learning_rate} must not be above learning_rate={self.learning_rate}",
+        )
+        _require(
+            self.schedule != "rsqrt" or self.warmup_steps > 0,
+            "warmup_steps=0: the rsqrt schedule is scaled by its warm-up, give it at least 1 step",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, all the devices that are left.
+
+    Attributes:
+      data: rows are split, parameters replicated.
+      fsdp: rows are split, parameters too.
+      tensor: heads, feed-forward and vocabulary are split.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        _require(all(size == -1 or size > 0 for size in sizes), f"axis sizes {sizes} must be -1 or above 0")
+        _require(sizes.count(-1) <= 1, f"axis sizes {sizes}: only one axis may be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and habits of a run, counted in optimizer steps.
+
+    Attributes:
+      steps: optimizer steps of the run.
+      seed: of the parameters and of random draws of d.
+      accumulation: microbatches whose gradients are added up before one optimizer step.
+      log_every: steps between two lines of metrics.
+      evaluate_every: steps between two losses on held-out documents; 0 is never.
+      evaluate_batches: batches of held-out documents in such a loss.
+      checkpoint_every: steps between two checkpoints (the last step is always saved).
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints at multiples of this step are kept for good; 0 is none.
+      max_skipped: how many steps in a row may be skipped for non-finite gradients before the run stops.
+    """
+
+    steps: int = 1000
+    accumulation: int = 1
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 200
+    evaluate_batches: int = 8
+    checkpoint_every: int = 200
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped: int = 10
+
+    def __post_init__(self):
+        _positive(self, "steps", "accumulation", "log_every", "evaluate_batches", "checkpoint_every", "keep_last")
+        _positive(self, "max_skipped")
+        _not_negative(self, "seed", "evaluate_every", "keep_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Perplexity on held-out documents by memory length (FoT, section 4).
+
+    Attributes:
+      memory: memory lengths to compare, in tokens per row, 0 being no memory.
+      readers: entries of `fot.memory.READERS` to evaluate.
+      neighbours: entries that the reader "knn" retrieves per query and head, k.
+      block: memory slots scored at once, in tokens; bounds memory, changes no result.
+      modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.
+      batch_size: documents read side by side.
+      max_documents: evaluate on this many held-out documents at the most; 0 is all.
+      max_tokens: read this many tokens of a document at the most; 0 is all.
+      position_bins: upper ends, in tokens, of the bins of the table by position in the document.
+    """
+
+    memory: tuple[int, ...] = (0, 256, 1024, 4096, 16384)
+    readers: tuple[str, ...] = ("dense", "knn")
+    neighbours: int = 128
+    block: int = 1024
+    modes: tuple[str, ...] = ("single_doc", "multi_doc")
+    batch_size: int = 8
+    max_documents: int = 0
+    max_tokens: int = 0
+    position_bins: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
+
+    def __post_init__(self):
+        _positive(self, "neighbours", "block", "batch_size")
+        _not_negative(self, "max_documents", "max_tokens")
+        _require(
+            len(self.memory) > 0 and all(m >= 0 for m in self.memory) and list(self.memory) == sorted(set(self.memory)),
+            f"memory={self.memory} must be ascending lengths in tokens",
+        )
+        for name in self.readers:
+            _require(name in READER_NAMES, f"readers: {name!r} is not one of {', '.join(READER_NAMES)}")
+        for name in self.modes:
+            _require(name in MEMORY_MODES, f"modes: {name!r} is not one of {', '.join(MEMORY_MODES)}")
+        _require(
+            len(self.position_bins) > 0 and list(self.position_bins) == sorted(set(self.position_bins)),
+            f"position_bins={self.position_bins} must be ascending",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole run. `from_dict` builds and validates it, `to_dict` is its inverse."""
+
+    model: ModelConfig = ModelConfig()
+    crossbatch: CrossbatchConfig = CrossbatchConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self):
+        crossbatch, rows = self.crossbatch, self.data.batch_size
+        divisor = crossbatch.packing * self.train.accumulation
+        _require(
+            rows % divisor == 0,
+            f"data.batch_size={rows} must be a multiple of crossbatch.packing × train.accumulation = {divisor}",
+        )
+        rows = rows // self.train.accumulation
+        packs = rows // crossbatch.packing
+        if crossbatch.variant == "previous":
+            _require(
+                max(crossbatch.d) <= packs,
+                f"crossbatch.d={crossbatch.d}: {rows} rows (data.batch_size / train.accumulation) in packs of "
+                f"{crossbatch.packing} hold {packs} documents, so d can be at most {packs}",
+            )
+        if crossbatch.variant == "segments":
+            negatives = max(n for _, n in crossbatch.segments)
+            _require(
+                negatives <= rows - crossbatch.packing,
+                f"crossbatch.segments wants {negatives} negatives but only {rows - crossbatch.packing} rows belong "
+                "to other packs: raise data.batch_size",
+            )
+        if crossbatch.variant == "released":
+            _require(
+                crossbatch.range < rows,
+                f"crossbatch.range={crossbatch.range} must be below the {rows} rows of a microbatch",
+            )
+        _require(
+            crossbatch.variant == "none" or len(self.model.memory_layers) > 0,
+            "model.memory_layers is empty: crossbatch needs a memory layer, or set crossbatch.variant=none",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the config as nested dicts of plain values; tuples stay tuples."""
+    return {
+        field.name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for field in dataclasses.fields(config)
+        for value in (getattr(config, field.name),)
+    }
+
+
+def from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Freezes nested mappings (a ConfigDict, or parsed JSON) to a validated `ExperimentConfig`.
+
+    Raises:
+      ConfigError: one line naming the field, for an unknown or missing field, a wrong type or an invalid value.
+    """
+    return _build(ExperimentConfig, values, "")
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    types_by_name = typing.get_type_hints(cls)
+    unknown = [name for name in values if name not in types_by_name]
+    if unknown:
+        raise ConfigError(f"unknown config field {path}{unknown[0]}{_nearest(unknown[0], types_by_name)}")
+    missing = [name for name in types_by_name if name not in values]
+    if missing:
+        raise ConfigError(f"config field {path}{missing[0]} is missing")
+    fields = {name: _convert(kind, values[name], path + name) for name, kind in types_by_name.items()}
+    try:
+        return cls(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{error}") from None
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """Checks that `value` has the type `kind`; lists (as JSON gives them) become tuples, ints become floats."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a group of fields, not {value!r}")
+        return _build(kind, value, path + ".")
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={value!r} must be a tuple, such as {path}=1,2")
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) != len(value):
+            raise ConfigError(f"{path}={value!r} must have {len(kinds)} elements")
+        return tuple(_convert(k, v, path) for k, v in zip(kinds, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path}={value!r} must be of type {kind.__name__}")
+    return value
+
+
+def fields(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every field of a nested mapping."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from fields(value, f"{path}{name}.")
+        else:
+            yield path + name, value
+
+
+def unknown_field(name: str) -> str:
+    """Returns the one line to print for a dotted field name that no config has."""
+    names = [known for known, _ in fields(to_dict(ExperimentConfig()))]
+    return f"unknown config field {name}{_nearest(name, names)}"
+
+
+def differences(left: ExperimentConfig, right: ExperimentConfig) -> list[str]:
+    """Returns 'name: left → right' for every field in which two configs differ."""
+    right_values = dict(fields(to_dict(right)))
+    return [
+        f"{name}: {value!r} → {right_values[name]!r}"
+        for name, value in fields(to_dict(left))
+        if value != right_values[name]
+    ]

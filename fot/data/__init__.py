@@ -1,0 +1,1 @@
+"""Documents in, batches of rows out."""

@@ -1,0 +1,51 @@
+"""Files derived from documents (tokenizers, token arrays), kept on disk under a name that is a hash of their origin."""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import BinaryIO
+
+from fot.config import DataConfig
+from fot.errors import DataError
+
+
+def folder(config: DataConfig) -> pathlib.Path:
+    """Returns the cache folder: `cache_dir`, or `fot` in the user's cache folder when that is empty."""
+    if config.cache_dir:
+        return pathlib.Path(config.cache_dir).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "fot"
+
+
+def key(parts: Iterable[str | bytes]) -> str:
+    """Returns 16 hex digits that name `parts`: the same in every process, other for any other sequence of parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def write(path: pathlib.Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Creates or replaces the file `path` at once: a reader finds the whole file or none, whoever writes beside.
+
+    Args:
+      fill: writes the content to the open binary file that it is given.
+
+    Raises:
+      DataError: the folder can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file:
+            try:
+                fill(file)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise DataError(f"can't write {path} ({error.strerror}): set data.cache_dir to a writable folder") from None

@@ -1,0 +1,1 @@
+"""Evaluations, one file each; `python -m fot.evaluate NAME` runs one."""

@@ -1,0 +1,351 @@
+"""Perplexity on held-out documents by memory length (FoT, section 4).
+
+  python -m fot.evaluate perplexity --workdir=runs/tiny
+  python -m fot.evaluate perplexity --workdir=runs/tiny --config.evaluate.memory=0,4096 --config.evaluate.readers=dense
+
+Reads every document from its first token to its last, window by window, and stores the keys and values of each
+window in a memory of fixed length. The config is the one stored with the newest checkpoint in the workdir, unless
+--config names another. Prints tables, and writes perplexity.json and perplexity.png.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fot import checkpoint, model, objective, sharding
+from fot import config as config_lib
+from fot import memory as memories
+from fot.attention import Tokens
+from fot.config import ExperimentConfig, ModelConfig
+from fot.data import corpus as corpora
+from fot.data import rows, tasks
+from fot.data.corpus import Corpus
+from fot.data.rows import Batch
+from fot.errors import ConfigError, UserError
+from fot.evaluate import perplexity_report as report
+from fot.evaluate.perplexity_report import Bin, Column, Results
+from fot.memory import Memory, Reader
+from fot.metrics import Progress
+
+SHOW_SECONDS = 1.0  # between two looks at the running sums: each waits for the devices
+
+
+class Mode(NamedTuple):
+    """What becomes of a row's memory when the row goes on to another document.
+
+    Attributes:
+      forget: (document before [B], document now [B]) -> [B] bool, rows whose memory is emptied.
+      fills: (longest document, most tokens of a row) -> entries that a row has use for, in tokens.
+    """
+
+    forget: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    fills: Callable[[int, int], int]
+
+
+MODES: dict[str, Mode] = {
+    "single_doc": Mode(lambda before, now: before != now, lambda document, row: document),
+    "multi_doc": Mode(lambda before, now: np.zeros(now.shape, bool), lambda document, row: row),
+}
+
+
+class Totals(NamedTuple):
+    """Sums by bin of position [P]: negative log-likelihood in nats, and targets."""
+
+    nll: jax.Array
+    tokens: jax.Array
+
+
+class _Run(NamedTuple):
+    """One pass over the documents; columns that differ only in slots that stay empty share it.
+
+    Attributes:
+      mode: entry of `MODES`; that of a pass without memory changes nothing.
+      reader: None without memory.
+      capacity: slots of a row, in tokens.
+    """
+
+    mode: str
+    reader: Reader | None
+    capacity: int
+
+
+class _Score(NamedTuple):
+    """What a pass gave: sums on the host, and its time without compilation."""
+
+    totals: Totals
+    seconds: float
+
+
+def evaluate(
+    params: model.Params, config: ExperimentConfig, corpus: Corpus, mesh: Mesh, log: Callable[[str], None]
+) -> Results:
+    """Measures perplexity for every mode, reader and memory length of `config.evaluate`, and without memory.
+
+    Every column reads the same targets in the same windows. Single_doc results don't depend on the order of the
+    documents nor on `batch_size`; in multi_doc mode a row's memory holds what this row has read before.
+
+    Args:
+      params: as `model.init` gives them; placed on the mesh if they aren't.
+      config: model, `data.context` and `evaluate`; without `model.memory_layers`, only "no memory" is measured.
+      corpus: the documents.
+      mesh: rows are split over data and fsdp, heads over tensor.
+      log: receives a line for every column.
+
+    Raises:
+      ConfigError: `evaluate.batch_size` can't be split over the mesh.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.evaluate.batch_size % shards:
+        raise ConfigError(
+            f"evaluate.batch_size={config.evaluate.batch_size} must be a multiple of {shards}, the devices that its "
+            "rows are split over"
+        )
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    wanted = _wanted(config, corpus)
+    scores: dict[_Run, _Score] = {}
+    columns: list[Column] = []
+    windows = rows.evaluation_batch_count(corpus, config.data.context, config.evaluate)
+    with Progress(windows * len(set(wanted.values())), 0, sys.stderr) as progress:
+        for (mode, reader, length), run in wanted.items():
+            if run not in scores:
+                show = functools.partial(_show, progress, windows * len(scores))
+                scores[run] = _pass(params, config, corpus, mesh, run, show)
+            columns.append(_column(mode, reader, length, scores[run], columns, config))
+            log(_line(columns[-1]))
+    return Results(config.data.context, tuple(columns))
+
+
+def _wanted(config: ExperimentConfig, corpus: Corpus) -> dict[tuple[str, str, int], _Run]:
+    """Returns {(mode, reader, memory length): the pass that gives it}, the one without memory first."""
+    evaluate, context = config.evaluate, config.data.context
+    inputs = corpus.lengths[: evaluate.max_documents or None] - 1
+    longest = int(min(inputs.max(), evaluate.max_tokens or inputs.max()))
+    row = rows.evaluation_batch_count(corpus, context, evaluate) * context
+    wanted = {(report.NO_MEMORY, report.NO_MEMORY, 0): _Run("multi_doc", None, 0)}
+    if not config.model.memory_layers:
+        return wanted
+    for mode in evaluate.modes:
+        for name in evaluate.readers:
+            # What is visible needs no mask: a single_doc memory holds nothing but the row's own document.
+            reader = Reader(name, evaluate.neighbours, evaluate.block, multi_doc=True)
+            for length in evaluate.memory:
+                if length > 0:
+                    run = _Run(mode, reader, min(length, MODES[mode].fills(longest, row)))
+                    wanted[mode, name, length] = run
+    return wanted
+
+
+def _column(
+    mode: str, reader: str, length: int, score: _Score, before: list[Column], config: ExperimentConfig
+) -> Column:
+    ends = config.evaluate.position_bins
+    tokens, sums = score.totals.tokens.tolist(), score.totals.nll.tolist()
+    count = sum(tokens)
+    nll = sum(sums) / count
+    reference = before[0].nll if before else nll
+    bins = zip((0, *ends), (*ends, None), tokens, sums, strict=True)
+    return Column(
+        mode=mode,
+        reader=reader,
+        memory=length,
+        tokens=count,
+        nll=nll,
+        change=100 * (report.perplexity(nll - reference) - 1),
+        seconds=score.seconds,
+        positions=tuple(Bin(start, stop, n, total / n) for start, stop, n, total in bins if n > 0),
+    )
+
+
+def _line(column: Column) -> str:
+    way = "no memory" if column.memory == 0 else f"{column.mode}, {column.reader}, memory {column.memory:,}"
+    return (
+        f"{way}: perplexity {column.perplexity:.3f} ({column.change:+.1f}%), {column.tokens:,} targets in "
+        f"{column.seconds:.1f} s"
+    )
+
+
+def _show(progress: Progress, before: int, windows: int, totals: Totals, seconds: float) -> None:
+    """Shows how far a pass is; waits for the devices."""
+    nll, tokens = (float(each.sum()) for each in jax.device_get(totals))
+    progress.update(before + windows, nll / max(tokens, 1), tokens / seconds)
+
+
+def _pass(
+    params: model.Params,
+    config: ExperimentConfig,
+    corpus: Corpus,
+    mesh: Mesh,
+    run: _Run,
+    show: Callable[[int, Totals, float], None],
+) -> _Score:
+    """Reads all documents once."""
+    read, write, clear = _programs(config.model, config.evaluate.position_bins, run.reader, mesh)
+    forget = MODES[run.mode].forget
+    documents = np.full(config.evaluate.batch_size, -1, np.int32)
+
+    def step(
+        memory: Memory | None, totals: Totals, batch: Batch, forgotten: np.ndarray
+    ) -> tuple[Memory | None, Totals]:
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        if memory is None:
+            return None, read(params, batch, memory, totals)[0]
+        if forgotten.any():
+            memory = clear(memory, forgotten)
+        totals, keys, values = read(params, batch, memory, totals)
+        return write(memory, keys, values, batch.documents), totals
+
+    memory = _empty(config, run.capacity, mesh)
+    bins = len(config.evaluate.position_bins) + 1
+    totals = jax.device_put(Totals(np.zeros(bins, np.float32), np.zeros(bins, np.int32)), sharding.replicated(mesh))
+    # A window without tokens changes nothing, and compiles everything.
+    memory, totals = step(memory, totals, _blank(config), documents < 0)
+    jax.block_until_ready((memory, totals))
+    began = shown = time.perf_counter()
+    count = 0
+    for count, batch in enumerate(rows.evaluation_batches(corpus, config.data.context, config.evaluate), start=1):
+        memory, totals = step(memory, totals, batch, forget(documents, batch.documents[:, 0]))
+        documents = batch.documents[:, 0]
+        if time.perf_counter() - shown > SHOW_SECONDS:
+            show(count, totals, time.perf_counter() - began)
+            shown = time.perf_counter()
+    jax.block_until_ready(totals)
+    seconds = time.perf_counter() - began
+    show(count, totals, seconds)
+    return _Score(jax.device_get(totals), seconds)
+
+
+class _Programs(NamedTuple):
+    """What a pass runs; `memory` is given up to `write` and `clear`, `totals` to `read`.
+
+    Attributes:
+      read: (params, batch, memory, totals) -> totals with the batch, its keys and values [L, B, T, G, H].
+      write: see `fot.memory.write`.
+      clear: see `fot.memory.clear`.
+    """
+
+    read: Callable
+    write: Callable
+    clear: Callable
+
+
+@functools.lru_cache(maxsize=64)  # the passes of all modes and models of one shape compile once
+def _programs(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None, mesh: Mesh) -> _Programs:
+    """Returns the programs of a pass.
+
+    Reading and writing are two of them: in one, XLA would copy the memory at every window, as what is read there
+    can't be overwritten in place.
+    """
+    place = memory_sharding(mesh)
+    return _Programs(
+        read=jax.jit(
+            functools.partial(_read, config=config, ends=ends, reader=reader),
+            out_shardings=(sharding.replicated(mesh), place.keys, place.values),
+            donate_argnums=3,
+        ),
+        write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
+        clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
+    )
+
+
+def _read(
+    params: model.Params,
+    batch: Batch,
+    memory: Memory | None,
+    totals: Totals,
+    *,
+    config: ModelConfig,
+    ends: tuple[int, ...],
+    reader: Reader | None,
+) -> tuple[Totals, jax.Array, jax.Array]:
+    tokens = Tokens(batch.documents, batch.positions)
+    output = model.apply(params, batch.tokens, tokens, config, memory=memory, reader=reader)
+    nll_BT, _ = objective.token_nll(params, output.hidden, batch.targets, config)
+    bin_BT = jnp.searchsorted(jnp.array(ends), batch.positions, side="right")
+    counted_PBT = (bin_BT == jnp.arange(len(ends) + 1)[:, None, None]) & (batch.weights > 0)
+    nll_P = jnp.where(counted_PBT, nll_BT, 0.0).sum((1, 2))
+    totals = Totals(totals.nll + nll_P, totals.tokens + counted_PBT.sum((1, 2), dtype=jnp.int32))
+    return totals, output.keys, output.values
+
+
+def memory_sharding(mesh: Mesh) -> Memory:
+    """Returns where a memory lives: rows over data and fsdp, key/value heads over tensor."""
+    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, sharding.MESH_AXES["kv_heads"], None))
+    documents = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None))
+    return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
+
+
+def _empty(config: ExperimentConfig, capacity: int, mesh: Mesh) -> Memory | None:
+    if capacity == 0:
+        return None
+    m = config.model
+    make = functools.partial(
+        memories.empty,
+        layers=len(m.memory_layers),
+        rows=config.evaluate.batch_size,
+        capacity=capacity,
+        kv_heads=m.kv_heads,
+        head_dim=m.head_dim,
+        dtype=jnp.dtype(m.compute_dtype),
+    )
+    return jax.jit(make, out_shardings=memory_sharding(mesh))()
+
+
+def _blank(config: ExperimentConfig) -> Batch:
+    shape = (config.evaluate.batch_size, config.data.context)
+    zeros = np.zeros(shape, np.int32)
+    return Batch(zeros, zeros, np.zeros(shape, np.float32), np.full(shape, -1, np.int32), zeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Flags of the command.
+
+    Attributes:
+      workdir: folder of the run, with its checkpoints/; the newest checkpoint is evaluated.
+      split: documents to read: held_out or train.
+      output: folder that receives perplexity.json and perplexity.png; empty is the workdir.
+    """
+
+    workdir: str
+    split: str = "held_out"
+    output: str = ""
+
+
+def load(flags: Flags) -> ExperimentConfig:
+    """Returns the config stored with the newest checkpoint.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    return checkpoint.load_config(pathlib.Path(flags.workdir) / "checkpoints")
+
+
+def main(config: ExperimentConfig, flags: Flags) -> None:
+    """Runs the command line."""
+    if flags.split not in tasks.SPLITS:
+        raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
+    workdir = pathlib.Path(flags.workdir)
+    output = pathlib.Path(flags.output or flags.workdir)
+    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    sharding.check_mesh(mesh, config)
+    with checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
+        step = checkpoints.latest()
+        abstract = sharding.abstract_params(model.init, config.model, mesh)
+        params = checkpoints.restore_params(step, abstract)
+    corpus = corpora.load(config, flags.split).corpus
+    print(f"step {step}: {len(corpus)} documents, {int(corpus.lengths.sum()):,} tokens ({flags.split})", flush=True)
+    results = evaluate(params, config, corpus, mesh, lambda line: print(line, flush=True))
+    about = {"workdir": str(workdir), "step": step, "split": flags.split, "config": config_lib.to_dict(config)}
+    path = report.save(results, about, output)
+    report.plot({workdir.name or str(workdir): results}, output / report.PLOT_FILE)
+    print(f"\n{report.table(results)}\n\n{report.position_table(results)}\n")
+    print(f"written to {path} and {output / report.PLOT_FILE}")

@@ -1,0 +1,112 @@
+"""Where arrays live: the mesh, and one table that places every parameter and optimizer moment on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fot.config import ExperimentConfig, MeshConfig, ModelConfig
+from fot.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
+
+# The logical axes of every parameter, by the last name of its path; those of layers come after the layer axis.
+PARAM_AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab", "dim"),
+    "head": ("dim", "vocab"),
+    "final_norm": ("norm",),
+    "attention_norm": ("layer", "norm"),
+    "mlp_norm": ("layer", "norm"),
+    "query": ("layer", "dim", "heads", "head_dim"),
+    "key": ("layer", "dim", "kv_heads", "head_dim"),
+    "value": ("layer", "dim", "kv_heads", "head_dim"),
+    "output": ("layer", "heads", "head_dim", "dim"),
+    "temperature": ("layer", "head"),
+    "memory_gate": ("layer", "head"),
+    "gate": ("layer", "dim", "mlp"),
+    "up": ("layer", "dim", "mlp"),
+    "down": ("layer", "mlp", "dim"),
+}
+
+# The mesh axis that splits a logical axis; a logical axis that is not named here is not split.
+MESH_AXES = {"dim": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
+    """Arranges devices in the axes data, fsdp and tensor; an axis of -1 takes what the others leave.
+
+    Raises:
+      ConfigError: the sizes don't multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(f"{named} does not fit {len(devices)} devices: set one axis to -1 or change the sizes")
+    shape = [len(devices) // fixed if size == -1 else size for size in sizes]
+    return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def check_mesh(mesh: Mesh, config: ExperimentConfig) -> None:
+    """Raises ConfigError naming the field if an axis of the mesh does not divide what it splits."""
+    model, rows = config.model, config.data.batch_size // config.train.accumulation
+    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    splits = [(f"{rows} rows (data.batch_size / train.accumulation)", rows, "data × fsdp", row_shards)]
+    for name, axis in (("dim", "dim"), ("vocab_size", "vocab"), ("heads", "heads"), ("mlp_dim", "mlp")):
+        size = getattr(model, name)
+        splits.append((f"model.{name}={size}", size, MESH_AXES[axis], mesh.shape[MESH_AXES[axis]]))
+    splits.append((f"model.kv_heads={model.kv_heads}", model.kv_heads, "tensor", mesh.shape["tensor"]))
+    for what, size, axes, shards in splits:
+        if size % shards:
+            raise ConfigError(f"{what} can't be split over mesh axis {axes} of {shards} devices")
+
+
+def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    """Returns the spec of one leaf of params or optimizer state, by the parameter name in its path.
+
+    A moment of another shape than its parameter (AdaFactor's factored ones), and what belongs to no parameter (step
+    counts), is replicated.
+
+    Raises:
+      ValueError: a leaf of params has a name that isn't in `PARAM_AXES`.
+    """
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    if not names:
+        return PartitionSpec()
+    if names[-1] not in PARAM_AXES:
+        raise ValueError(f"parameter {'/'.join(names)} has no entry in sharding.PARAM_AXES")
+    axes = PARAM_AXES[names[-1]]
+    if len(axes) != len(leaf.shape):
+        return PartitionSpec()
+    return PartitionSpec(*(MESH_AXES.get(axis) for axis in axes))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every leaf of params, optimizer state or a whole training state."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), tree)
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shapes of `jax.eval_shape` with their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def abstract_params(init: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """Returns shapes and shardings of the parameters that `init(key, config)` draws."""
+    return abstract(jax.eval_shape(lambda: init(jax.random.key(0), config)), mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays [R, T]: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,379 @@
+"""Trains a Focused Transformer: one command for every run, and again the same command to go on.
+
+  python -m fot.train --config=configs/code_tiny.py --workdir=runs/tiny
+  python -m fot.train --config=configs/code_small.py --workdir=runs/small --config.model.memory_layers=1,2
+
+The workdir receives checkpoints, metrics.jsonl and tensorboard/. A run that was interrupted goes on from its newest
+checkpoint, data position included.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from fot import checkpoint, cli, crossbatch, flops, model, objective, optimizer, sharding
+from fot.batch import Batch
+from fot.config import CrossbatchConfig, ExperimentConfig, TrainConfig
+from fot.data import corpus, rows
+from fot.data.loader import Loader, global_batch
+from fot.errors import CheckpointError, TrainingError
+from fot.metrics import MetricsWriter, Progress
+from fot.objective import Sums
+
+PREFETCH = 4  # batches that lie ready
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; saved whole.
+
+    Attributes:
+      step: int32, optimizer steps done, skipped ones included.
+      params: float32 parameters.
+      optimizer: optax state.
+      phase: int32, which phase of `crossbatch.d` the training accuracy has reached.
+      skipped: int32, steps skipped for non-finite gradients.
+      skipped_in_a_row: int32, of those the last ones without a good step between.
+    """
+
+    step: jax.Array
+    params: model.Params
+    optimizer: Any
+    phase: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Device scalars of one step: means over its target tokens, and norms over all parameters."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    tokens: jax.Array
+    gradient_norm: jax.Array
+    update_norm: jax.Array
+    parameter_norm: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def init_state(config: ExperimentConfig) -> TrainState:
+    """Draws the state of a new run from `train.seed`."""
+    params = model.init(jax.random.key(config.train.seed), config.model)
+    zero = jnp.zeros((), jnp.int32)
+    state = optimizer.optimizer(config.optimizer, config.train.steps).init(params)
+    return TrainState(zero, params, state, zero, zero, zero)
+
+
+def d_at(config: CrossbatchConfig, step: int, phase: int, seed: int) -> int:
+    """Returns the crossbatch dimension of a step (FoT, Appendix A: schedules of d).
+
+    Args:
+      config: schedule and phases.
+      step: steps done before it.
+      phase: how often the training accuracy has reached `d_accuracy`.
+      seed: of the random draw, one for each step.
+    """
+    phases = {
+        "constant": lambda: 0,
+        "steps": lambda: int(np.searchsorted(config.d_steps, step, side="right")),
+        "accuracy": lambda: phase,
+        "random": lambda: int(np.random.default_rng((seed, step)).integers(len(config.d))),
+    }
+    return config.d[phases[config.d_schedule]()]
+
+
+def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step on rows [R, T]; with non-finite gradients only the counts of steps and of skips change."""
+    gradients, sums = _gradients(state.params, batch, config, objective.plan(config, d))
+    norm = optax.tree.norm(gradients)
+    transformation = optimizer.optimizer(config.optimizer, config.train.steps)
+    updates, new_optimizer = transformation.update(gradients, state.optimizer, state.params)
+    good = jnp.isfinite(norm) & jnp.isfinite(sums.nll)
+    loss, accuracy = sums.nll / sums.weight, sums.correct / sums.weight
+    reached = (good & (accuracy >= config.crossbatch.d_accuracy)).astype(jnp.int32)
+
+    def choose(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+    new = TrainState(
+        step=state.step + 1,
+        params=choose(optax.apply_updates(state.params, updates), state.params),
+        optimizer=choose(new_optimizer, state.optimizer),
+        phase=jnp.minimum(state.phase + reached, len(config.crossbatch.d) - 1),
+        skipped=state.skipped + ~good,
+        skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+    )
+    metrics = StepMetrics(
+        loss=loss,
+        accuracy=accuracy,
+        tokens=sums.weight,
+        gradient_norm=norm,
+        update_norm=optax.tree.norm(updates),
+        parameter_norm=optax.tree.norm(new.params),
+        skipped=new.skipped,
+        skipped_in_a_row=new.skipped_in_a_row,
+    )
+    return new, metrics
+
+
+def _gradients(params: model.Params, batch: Batch, config: ExperimentConfig, plan: objective.Plan) -> tuple[Any, Sums]:
+    """Returns gradients of the mean loss over all target tokens, summed up over microbatches, and the batch's sums."""
+    gradient = jax.grad(objective.loss_sums, has_aux=True)
+    count = config.train.accumulation
+    if count == 1:
+        total, sums = gradient(params, batch, config.model, plan)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        zero = jax.tree.map(jnp.zeros_like, params), Sums(*3 * [jnp.zeros(())])
+
+        def step(carry, part):
+            return jax.tree.map(jnp.add, carry, gradient(params, part, config.model, plan)), None
+
+        (total, sums), _ = jax.lax.scan(step, zero, parts)
+    return jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), total), sums
+
+
+def held_out_sums(params: model.Params, batch: Batch, config: ExperimentConfig, d: int) -> Sums:
+    """Sums of a batch of held-out documents; d = 0 is without contexts."""
+    plan = objective.plan(config, max(d, 1))
+    if d == 0:
+        plan = plan._replace(table=crossbatch.none(config.crossbatch, len(plan.table.contexts_BC), d))
+    return objective.loss_sums(params, batch, config.model, plan)[1]
+
+
+class Run(NamedTuple):
+    """What stays the same during a run: config, mesh, where the state lives, and held-out batches."""
+
+    config: ExperimentConfig
+    mesh: Mesh
+    state_shardings: TrainState
+    corpus_key: str
+    held_out: list[Batch]
+    held_out_step: Callable
+
+    def data_position(self, position: rows.Position) -> dict[str, Any]:
+        """Returns what is saved of the data: the position, and the documents it belongs to."""
+        return {"position": position.to_dict(), "corpus": self.corpus_key}
+
+    def restore_position(self, saved: dict[str, Any]) -> rows.Position:
+        """Returns the position that `data_position` saved, if it is one in this run's documents."""
+        if saved["corpus"] != self.corpus_key:
+            raise CheckpointError(
+                "the documents or the tokenizer have changed since the checkpoint was saved: restore them, or choose "
+                "another workdir"
+            )
+        return rows.position_from_dict(saved["position"])
+
+    def compile_step(self, d: int) -> Callable:
+        """Compiles the train step of one d."""
+        batch, state = sharding.batch_sharding(self.mesh), self.state_shardings
+        step = jax.jit(
+            lambda state, batch: train_step(state, batch, self.config, d),
+            in_shardings=(state, Batch(*5 * [batch])),
+            out_shardings=(state, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+        shape = (self.config.data.batch_size, self.config.data.context)
+        whole, half = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+        abstract = jax.eval_shape(lambda: init_state(self.config))
+        return step.lower(abstract, Batch(whole, whole, half, whole, whole)).compile()
+
+    def held_out_losses(self, params: model.Params) -> dict[str, float]:
+        """Returns the loss on held-out documents, without contexts and with those of the first d."""
+        contexts = {"held_out/loss": 0}
+        if self.config.crossbatch.variant != "none":
+            contexts["held_out/loss_with_contexts"] = self.config.crossbatch.d[0]
+        losses = {}
+        for name, d in contexts.items():
+            sums = [self.held_out_step(params, batch, d) for batch in self.held_out]
+            losses[name] = float(sum(s.nll for s in sums) / sum(s.weight for s in sums))
+        return losses
+
+
+def train(config: ExperimentConfig, workdir: pathlib.Path, log: Callable[[str], None]) -> TrainState:
+    """Trains to `config.train.steps`, from the newest checkpoint in the workdir if there is one.
+
+    Args:
+      config: the run.
+      workdir: receives checkpoints/, metrics.jsonl and tensorboard/.
+      log: receives lines for the user.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: data, checkpoint or config don't fit, or gradients stay non-finite.
+    """
+    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    sharding.check_mesh(mesh, config)
+    with checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
+        if checkpoints.latest() is not None:
+            checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
+        documents = corpus.load(config, "train").corpus
+        log(f"{len(documents)} training documents, {int(documents.lengths.sum()):,} tokens")
+        abstract = sharding.abstract(jax.eval_shape(lambda: init_state(config)), mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        held_out_step = jax.jit(lambda params, batch, d: held_out_sums(params, batch, config, d), static_argnums=2)
+        run = Run(config, mesh, shardings, documents.key, _held_out_batches(config, mesh), held_out_step)
+        if checkpoints.latest() is None:
+            state, position = jax.jit(lambda: init_state(config), out_shardings=shardings)(), rows.start(config)
+        else:
+            restored = checkpoints.restore(None, abstract)
+            state, position = restored.state, run.restore_position(restored.data_position)
+            log(f"going on from the checkpoint of step {int(state.step)} in {workdir / 'checkpoints'}")
+        if int(state.step) >= config.train.steps:
+            return state
+        with (
+            MetricsWriter(workdir, int(state.step)) as writer,
+            Progress(config.train.steps, int(state.step), sys.stderr) as progress,
+            Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as loader,
+        ):
+            return _loop(run, state, loader, checkpoints, writer, progress, log)
+
+
+def _held_out_batches(config: ExperimentConfig, mesh: Mesh) -> list[Batch]:
+    """Returns the batches of held-out documents whose loss is followed during training."""
+    if config.train.evaluate_every == 0:
+        return []
+    documents = corpus.load(config, "held_out").corpus
+    packs, position, batches = range(rows.pack_count(config)), rows.start(config), []
+    for _ in range(config.train.evaluate_batches):
+        batch, position = rows.next_batch(documents, position, config, packs)
+        batches.append(global_batch(batch, sharding.batch_sharding(mesh)))
+    return batches
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    loader: Loader,
+    checkpoints: checkpoint.Checkpointer,
+    writer: MetricsWriter,
+    progress: Progress,
+    log: Callable[[str], None],
+) -> TrainState:
+    config, train, step = run.config, run.config.train, int(state.step)
+    steps: dict[int, Callable] = {}
+    clock = _Clock()
+    for batch, position, data_wait in loader:
+        # Only this schedule depends on what the last step gave, and so has to wait for it.
+        phase = int(state.phase) if config.crossbatch.d_schedule == "accuracy" else 0
+        d = d_at(config.crossbatch, step, phase, train.seed)
+        if d not in steps:
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            steps[d] = run.compile_step(d)
+            log(f"step {step}: compiled the train step for d = {d} in {time.perf_counter() - began:.1f} s")
+            clock = _Clock()
+        state, metrics = steps[d](state, batch)
+        step += 1
+        clock.count(data_wait)
+        last = step == train.steps
+        line: dict[str, Any] = {}
+        if step % train.max_skipped == 0 or last:
+            _stop_if_lost(metrics, batch, step, checkpoints, train)
+        if step % train.log_every == 0 or last:
+            jax.block_until_ready(metrics)
+            line = _line(metrics, config, step, d) | clock.rates(config, d)
+            progress.update(step, line["loss"], line["tokens_per_second"])
+            clock = _Clock()
+        if run.held_out and (step % train.evaluate_every == 0 or last):
+            line |= run.held_out_losses(state.params)
+            clock = _Clock()
+        if line:
+            writer.write(step, line)
+        if step % train.checkpoint_every == 0 or last:
+            checkpoints.save(step, state, run.data_position(position), config)
+            clock = _Clock()
+        if last:
+            return state
+    raise AssertionError("a loader never ends by itself")
+
+
+class _Clock:
+    """Speed since it was made, over whole steps."""
+
+    def __init__(self):
+        self._began, self._steps, self._data_wait = time.perf_counter(), 0, 0.0
+
+    def count(self, data_wait: float) -> None:
+        self._steps += 1
+        self._data_wait += data_wait
+
+    def rates(self, config: ExperimentConfig, d: int) -> dict[str, float]:
+        """Returns tokens, model FLOP and seconds of waiting for data, per second or step; see `fot.flops`."""
+        seconds = (time.perf_counter() - self._began) / self._steps
+        return {
+            "tokens_per_second": config.data.batch_size * config.data.context / seconds,
+            "model_flops_per_second": step_flops(config, d) / seconds,
+            "data_wait": self._data_wait / self._steps,
+        }
+
+
+def step_flops(config: ExperimentConfig, d: int) -> int:
+    """Returns the model's floating point operations of one train step, by the formula of `fot.flops`."""
+    plan = objective.plan(config, d)
+    return config.train.accumulation * flops.train_flops(
+        config.model,
+        rows=len(plan.table.contexts_BC),
+        loss_rows=len(plan.keep),
+        context=config.data.context,
+        context_pairs=int((plan.table.contexts_BC >= 0).sum()),
+    )
+
+
+def _line(metrics: StepMetrics, config: ExperimentConfig, step: int, d: int) -> dict[str, Any]:
+    """Returns what is logged of a step, without rates."""
+    values = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
+    schedule = optimizer.learning_rate(config.optimizer, config.train.steps)
+    applied = step - 1 - values["skipped"]  # a skipped step does not move the optimizer's own count
+    return values | {"perplexity": float(np.exp(values["loss"])), "learning_rate": float(schedule(applied)), "d": d}
+
+
+def _stop_if_lost(
+    metrics: StepMetrics, batch: Batch, step: int, checkpoints: checkpoint.Checkpointer, config: TrainConfig
+) -> None:
+    """Raises TrainingError if too many steps in a row were skipped, naming step, rows and checkpoint."""
+    skipped = int(metrics.skipped_in_a_row)
+    if skipped < config.max_skipped:
+        return
+    shards = [np.asarray(shard.data) for shard in batch.documents.addressable_shards]
+    documents = sorted({int(number) for shard in shards for number in shard.ravel() if number >= 0})
+    checkpoints.wait()  # so that a save under way is counted
+    saved = checkpoints.latest()
+    back = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {saved}"
+    raise TrainingError(
+        f"gradients were not finite for {skipped} steps in a row, up to step {step} (its rows hold the documents "
+        f"{documents}); {back}: lower optimizer.learning_rate, or look at these documents"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Flags of the command.
+
+    Attributes:
+      workdir: folder of the run: checkpoints, metrics.jsonl, tensorboard/; the same again resumes.
+    """
+
+    workdir: str
+
+
+def main(config: ExperimentConfig, command: Flags) -> None:
+    """Runs the command line."""
+    workdir = pathlib.Path(command.workdir)
+    state = train(config, workdir, lambda line: print(line, flush=True))
+    print(f"trained {int(state.step)} steps ({int(state.skipped)} skipped); checkpoint in {workdir / 'checkpoints'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Flags, usage=__doc__)

@@ -1,0 +1,110 @@
+"""The floors of the house: imports go down only, and heavy libraries stay where they belong."""
+
+import ast
+import pathlib
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Lowest first; a module may import from lower lines alone. A package is one module here.
+FLOORS = (
+    ("errors",),
+    ("config",),
+    ("cli",),
+    ("sharding", "attention", "batch", "flops", "metrics"),
+    ("memory", "crossbatch", "kernels"),
+    ("model",),
+    ("objective", "optimizer", "data", "checkpoint", "generate"),
+    ("evaluate", "convert"),
+    ("train",),
+    ("demo",),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+# Library -> the modules of fot that may import it.
+OWNERS = {
+    "flax": {"model"},
+    "orbax": {"checkpoint"},
+    "tensorflow": {"data"},
+    "seqio": {"data"},
+    "torch": {"convert"},
+    "transformers": {"convert"},
+}
+# Slow to import: only inside the functions that need them.
+LAZY = ("tensorflow", "seqio", "torch", "transformers", "matplotlib")
+
+
+class Import(NamedTuple):
+    """One imported module, dotted; `line` of the import; `lazy` if it is inside a function."""
+
+    name: str
+    line: int
+    lazy: bool
+
+
+def python_files(folder: str) -> list[pathlib.Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: pathlib.Path) -> list[Import]:
+    return [each for node in ast.parse(path.read_bytes(), str(path)).body for each in _imports(node, lazy=False)]
+
+
+def _imports(node: ast.AST, lazy: bool) -> list[Import]:
+    if isinstance(node, ast.Import):
+        return [Import(alias.name, node.lineno, lazy) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: relative import, write the whole name"
+        # `from fot import model` imports fot.model, `from fot.model import init` too.
+        return [Import(f"{node.module}.{alias.name}", node.lineno, lazy) for alias in node.names]
+    lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    return [each for child in ast.iter_child_nodes(node) for each in _imports(child, lazy)]
+
+
+def module_of(path: pathlib.Path) -> str:
+    """Returns the module or package right below fot/ that a file belongs to."""
+    return path.relative_to(ROOT / "fot").parts[0].removesuffix(".py")
+
+
+FOT = [path for path in python_files("fot") if path != ROOT / "fot" / "__init__.py"]
+
+
+def name_of(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FOT, ids=name_of)
+def test_imports_go_down(path):
+    module = module_of(path)
+    assert module in FLOOR, f"give {module!r} a floor in tests/test_imports.py"
+    for each in imports(path):
+        parts = each.name.split(".")
+        if parts[0] != "fot" or parts[1] == module:
+            continue
+        assert parts[1] in FLOOR, f"{path}:{each.line} imports {each.name}, which has no floor"
+        assert FLOOR[parts[1]] < FLOOR[module], f"{path}:{each.line}: {module} may not import {parts[1]}"
+
+
+@pytest.mark.parametrize("path", FOT, ids=name_of)
+def test_libraries_stay_with_their_owners(path):
+    for each in imports(path):
+        library = each.name.split(".")[0]
+        owners = OWNERS.get(library, {module_of(path)})
+        assert module_of(path) in owners, f"{path}:{each.line}: only {owners} may import {library}"
+        assert library not in LAZY or each.lazy, f"{path}:{each.line}: import {library} in the function that needs it"
+        assert library not in ("configs", "launch", "tests"), f"{path}:{each.line} imports {library}"
+
+
+@pytest.mark.parametrize("folder", ["configs", "launch"])
+def test_configs_and_launch_import_only_the_config(folder):
+    for path in python_files(folder):
+        for each in imports(path):
+            parts = each.name.split(".")
+            assert parts[0] != "fot" or parts[1] == "config", f"{path}:{each.line} imports {each.name}"
+            assert parts[0] not in OWNERS, f"{path}:{each.line} imports {each.name}"
+
+
+def test_the_init_of_fot_imports_nothing():
+    assert imports(ROOT / "fot" / "__init__.py") == []

@@ -1,0 +1,180 @@
+import argparse
+import encodings.cp437
+import inspect
+
+import numpy as np
+import pytest
+
+from fot.config import DataConfig, ExperimentConfig, ModelConfig
+from fot.data import corpus, tasks, tokenizer
+from fot.errors import DataError
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\n\n\r\n\t\t  \n",
+    "    indented\n        more\n",
+    "naïve 中文 🎉 \u2028 \ufeff",
+    "a\u2581b \u2581\u2581",
+    "<s> </s> <unk> <0x0A>",
+    "\x00\x7f",
+]
+
+
+def config(folder, vocab_size=320, **changes):
+    values = {"task": "files", "files": f"{folder}/*.txt", "held_out_fraction": 0.2, "min_document_tokens": 20}
+    data = DataConfig(**{**values, "cache_dir": f"{folder}/cache", **changes})
+    return ExperimentConfig(model=ModelConfig(vocab_size=vocab_size), data=data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    lines = inspect.getsource(argparse).splitlines(keepends=True)
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("".join(lines[i * 50 : i * 50 + 50]))
+    values = config(folder)
+    tokenizer.load(values.data, values.model)
+    next(folder.glob("cache/*.model")).rename(folder / "saved.model")
+    return folder
+
+
+@pytest.fixture(params=tokenizer.TOKENIZERS)
+def any_tokenizer(request, folder):
+    values = config(folder, tokenizer=request.param, tokenizer_file=f"{folder}/saved.model")
+    return tokenizer.load(values.data, values.model)
+
+
+def error(function, *arguments):
+    with pytest.raises(DataError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_round_trip_of_hard_texts(any_tokenizer, text):
+    assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
+
+
+def test_round_trip_of_real_code(any_tokenizer):
+    for module in (argparse, encodings.cp437):
+        text = inspect.getsource(module)
+        assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
+    assert not encodings.cp437.decoding_table.isascii()
+
+
+def test_ids_are_int32_in_the_vocabulary_without_specials(any_tokenizer):
+    for ids in any_tokenizer.encode_batch([*HARD_TEXTS, inspect.getsource(argparse)]):
+        assert ids.dtype == np.int32
+        assert not np.isin(ids, [0, any_tokenizer.bos, any_tokenizer.eos]).any()
+        assert ids.size == 0 or ids.max() < any_tokenizer.vocab_size
+
+
+def test_batch_equals_one_by_one(any_tokenizer):
+    for text, ids in zip(HARD_TEXTS, any_tokenizer.encode_batch(HARD_TEXTS), strict=True):
+        np.testing.assert_array_equal(ids, any_tokenizer.encode(text))
+
+
+def test_specials_and_unknown_ids_decode_to_nothing(any_tokenizer):
+    ids = [any_tokenizer.bos, *any_tokenizer.encode("x = 1"), any_tokenizer.eos, any_tokenizer.vocab_size]
+    assert any_tokenizer.decode(np.array(ids)) == "x = 1"
+
+
+def test_trained_is_deterministic_and_cached(folder, tmp_path, monkeypatch):
+    values = config(folder, cache_dir=str(tmp_path))
+    trained = tokenizer.load(values.data, values.model)
+    assert trained.vocab_size == values.model.vocab_size
+    assert next(tmp_path.glob("*.model")).read_bytes() == (folder / "saved.model").read_bytes()
+    monkeypatch.setattr(tokenizer, "_train", None)
+    assert tokenizer.load(values.data, values.model).key == trained.key
+
+
+def test_trained_sees_no_held_out_document(folder, tmp_path):
+    values = config(folder, cache_dir=str(tmp_path))
+    names = {path.name for path in folder.glob("*.txt") if tasks.is_held_out(path.name, 0.2)}
+    old = {name: (folder / name).read_text() for name in names}
+    for name in names:
+        (folder / name).write_text("entirely different " * 50)
+    tokenizer.load(values.data, values.model)
+    for name, text in old.items():
+        (folder / name).write_text(text)
+    assert names and next(tmp_path.glob("*.model")).read_bytes() == (folder / "saved.model").read_bytes()
+
+
+def test_trained_newline_and_indentation_cost_one_token_each(folder):
+    values = config(folder)
+    trained = tokenizer.load(values.data, values.model)
+    assert len(trained.encode("\n\n\n")) == 3
+    assert len(trained.encode("        ")) == 1
+
+
+def test_trained_merges_text_indented_with_tabs(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("def function():\n\treturn function\n" * 10)
+    values = config(tmp_path, vocab_size=512)
+    assert len(tokenizer.load(values.data, values.model).encode("\treturn function")) <= 3
+
+
+def test_vocabulary_above_the_model_names_both_fields(folder):
+    for kind in ("bytes", "file"):
+        values = config(folder, vocab_size=258, tokenizer=kind, tokenizer_file=f"{folder}/saved.model")
+        message = error(tokenizer.load, values.data, values.model)
+        assert "data.tokenizer" in message and "model.vocab_size" in message
+
+
+def test_vocabulary_too_small_to_train(folder):
+    values = config(folder, vocab_size=200)
+    assert "model.vocab_size=200" in error(tokenizer.load, values.data, values.model)
+
+
+@pytest.mark.parametrize("name", ["missing.model", "0.txt", "empty"])
+def test_file_that_is_no_tokenizer_is_named(folder, name):
+    (folder / "empty").touch()
+    values = config(folder, tokenizer="file", tokenizer_file=f"{folder}/{name}")
+    assert name in error(tokenizer.load, values.data, values.model)
+
+
+def test_corpus_is_bos_text_eos(folder):
+    values = config(folder)
+    for split in tasks.SPLITS:
+        encoder, documents = corpus.load(values, split)
+        for i, document in enumerate(tasks.documents(values.data, split)):
+            tokens = documents.document(i)
+            assert tokens.dtype == np.int32 and documents.names[i] == document.name
+            assert (tokens[0], tokens[-1]) == (encoder.bos, encoder.eos)
+            assert encoder.decode(tokens[1:-1]) == document.text
+            np.testing.assert_array_equal(documents.read(i, 3, 9), tokens[3:9])
+
+
+def test_corpus_comes_from_the_cache_the_second_time(folder, monkeypatch):
+    first = corpus.load(config(folder), "train").corpus
+    monkeypatch.setattr(corpus, "_encode", None)
+    second = corpus.load(config(folder), "train").corpus
+    assert first.key == second.key and isinstance(second.tokens, np.memmap)
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+def test_short_documents_are_left_out(folder):
+    everything = corpus.load(config(folder, min_document_tokens=0), "train").corpus
+    limit = int(np.median(everything.lengths))
+    some = corpus.load(config(folder, min_document_tokens=limit), "train").corpus
+    kept = [i for i in range(len(everything)) if everything.lengths[i] >= limit]
+    assert 0 < len(kept) < len(everything) and some.key != everything.key
+    assert some.names == tuple(everything.names[i] for i in kept)
+    for i, j in enumerate(kept):
+        np.testing.assert_array_equal(some.document(i), everything.document(j))
+
+
+def test_no_document_long_enough(folder):
+    message = error(corpus.load, config(folder, min_document_tokens=10**6), "train")
+    assert "data.min_document_tokens=1000000" in message
+
+
+def test_damaged_cache_is_named(folder, tmp_path):
+    values = config(folder, cache_dir=str(tmp_path), tokenizer="bytes")
+    corpus.load(values, "train")
+    path = next(tmp_path.glob("*.offsets.npy"))
+    path.write_bytes(b"")
+    assert path.name in error(corpus.load, values, "train")
