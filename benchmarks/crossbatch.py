@@ -1,7 +1,7 @@
 """What crossbatch costs: train steps with and without contexts, and attention beside the plain formula.
 
   python -m benchmarks.crossbatch                    # all cases and the bars; minutes, on an otherwise idle machine
-  python -m benchmarks.crossbatch --remat=none --unroll=4
+  python -m benchmarks.crossbatch --remat=mlp --unroll=4
   python -m benchmarks.crossbatch --case=train_7     # one case, in this process
   python -m benchmarks.crossbatch --quick            # everything, tiny: shows that it works, measures nothing
 
@@ -346,7 +346,9 @@ def _arguments(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--case", choices=CASES, help="measure this case alone, in this process")
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="tiny sizes")
     parser.add_argument("--steps", type=int, default=5, help="calls that are timed, after one that isn't (default 5)")
-    parser.add_argument("--remat", choices=config.REMATS, default="dots", help="see fot.config (default dots)")
+    parser.add_argument(
+        "--remat", choices=config.REMATS, default="elementwise", help="see fot.config (default elementwise)"
+    )
     parser.add_argument("--unroll", type=int, default=1, help="see fot.config (default 1)")
     parser.add_argument("--attention_block", type=int, default=128, help="see fot.config (default 128)")
     return parser.parse_args(flags)

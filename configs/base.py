@@ -43,6 +43,24 @@ def paper() -> ml_collections.ConfigDict:
     return config
 
 
+def paper_large() -> ml_collections.ConfigDict:
+    """Returns what the paper's two large models share (FoT, section 4): vocabulary of 64k, context 2048, d = 2."""
+    config = paper()
+    config.model.vocab_size = 64_000
+    config.model.dim = 2048
+    config.model.head_dim = 128
+    config.model.remat = "elementwise"
+    config.model.attention_block = 512
+    config.crossbatch.d = (2,)
+    config.data.context = 2048
+    config.data.batch_size = 256  # 256k tokens of C_curr
+    config.data.min_document_tokens = 4096
+    config.optimizer.learning_rate = 5e-3
+    config.optimizer.min_learning_rate = 5e-4
+    config.evaluate.memory = (0, 2048, 4096, 16384, 65536)
+    return config
+
+
 def longllama() -> ml_collections.ConfigDict:
     """Returns what the LongLLaMA models share: LLaMA's architecture and the recipe of FoT, section 5.
 

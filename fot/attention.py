@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+OUTPUT = "attention"  # for remat policies: what attention gave; with it and q, k, v kept, nothing of it runs again
 
 
 class Partial(NamedTuple):
@@ -195,7 +198,7 @@ def _cut(tokens: Tokens, part: slice) -> Tokens:
 
 
 def _causal_forward(q, k, v, tokens, block):
-    out, lse = _causal(q, k, v, tokens, block)
+    out, lse = checkpoint_name(_causal(q, k, v, tokens, block), OUTPUT)
     return (out, lse), (q, k, v, tokens, out, lse)
 
 

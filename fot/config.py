@@ -15,7 +15,7 @@ from fot.errors import ConfigError
 
 MLPS = ("swiglu", "gelu")
 MEMORY_POSITIONS = ("none", "zero")
-REMATS = ("none", "full", "dots")
+REMATS = ("none", "elementwise", "mlp", "full")
 DTYPES = ("float32", "bfloat16")
 CROSSBATCH_VARIANTS = ("none", "previous", "segments", "released")
 LOSS_ROWS = ("all", "last")
@@ -81,8 +81,10 @@ class ModelConfig:
       memory_gate: combine local and memory attention by a learned gate per head (Memorizing Transformer) and not
         in one softmax.
       compute_dtype: dtype of activations and matrix products; parameters are stored in float32.
-      remat: what the backward pass recomputes: "none", "full" (every layer), "dots" (all but matrix products).
+      remat: what the backward pass computes again instead of keeping it: "none", "elementwise" (all but matrix
+        products and attention), "mlp" (that, and the feed-forward layer), "full" (whole layers); less memory each.
       attention_block: queries per block of attention logits, in tokens; bounds memory, changes no result.
+      loss_block: positions of each row whose output logits exist at once in training; bounds memory, changes no result.
       unroll: layers unrolled in each iteration of the scan over layers; more compiles longer and may run faster.
     """
 
@@ -105,11 +107,12 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     attention_block: int = 128
+    loss_block: int = 128
     unroll: int = 1
 
     def __post_init__(self):
         _positive(self, "unroll", "vocab_size", "layers", "dim", "heads", "kv_heads", "head_dim", "mlp_dim")
-        _positive(self, "rope_theta", "norm_epsilon", "attention_block", "qk_scale")
+        _positive(self, "rope_theta", "norm_epsilon", "attention_block", "loss_block", "qk_scale")
         _one_of(self, "mlp", MLPS)
         _one_of(self, "memory_positions", MEMORY_POSITIONS)
         _one_of(self, "compute_dtype", DTYPES)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from fot import attention
 from fot.attention import Partial, Tokens
@@ -215,7 +216,7 @@ def _attend(q, k, v, columns, block):
 
 
 def _attend_forward(q, k, v, columns, block):
-    out, lse = _attend(q, k, v, columns, block)
+    out, lse = checkpoint_name(_attend(q, k, v, columns, block), attention.OUTPUT)
     return (out, lse), (q, k, v, columns, out, lse)
 
 

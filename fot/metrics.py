@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 import tensorboardX
 import tqdm
 
+from fot import files
 from fot.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -121,11 +121,9 @@ def _parse(path: str | pathlib.Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Rewrites the file without later steps and without a half line, by rename: a kill leaves the old or the new."""
+    """Rewrites the file without later steps and without a half line."""
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     lines = [json.dumps({k: None if v != v else v for k, v in line.items()}) + "\n" for line in kept]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write(path, lambda file: file.write("".join(lines).encode()), "choose another workdir")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from fot import attention, crossbatch
 from fot import memory as memories
@@ -22,10 +23,19 @@ from fot.memory import Memory, Reader
 
 Params = dict[str, Any]
 
+# What the backward pass keeps by name: `attention.OUTPUT`, and here what weights made of a layer's input.
+_QKV, _HIDDEN = "qkv", "hidden"
+
+
+def _keeping(*names: str) -> Callable:
+    return functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
 _REMAT: dict[str, Callable] = {
     "none": lambda layer: layer,
+    "elementwise": _keeping(attention.OUTPUT, _QKV, _HIDDEN),
+    "mlp": _keeping(attention.OUTPUT, _QKV),
     "full": jax.checkpoint,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 
@@ -89,7 +99,7 @@ class Attention(nnx.Module):
 
         With QK-norm, queries and keys have length 1 and logits are divided by exp(temperature), else by sqrt(H).
         """
-        q, k, v = (_dense(x_BTD, w[...]) for w in (self.query, self.key, self.value))
+        q, k, v = (checkpoint_name(_dense(x_BTD, w[...]), _QKV) for w in (self.query, self.key, self.value))
         if not self.qk_norm:
             return q * q.shape[-1] ** -0.5, k, v
         return _unit(q) * jnp.exp(-self.temperature[...].astype(jnp.float32)).astype(q.dtype)[:, None], _unit(k), v
@@ -131,9 +141,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., D]."""
-        up = _matmul(x, self.up[...])
+        up = checkpoint_name(_matmul(x, self.up[...]), _HIDDEN)
         if hasattr(self, "gate"):
-            hidden = jax.nn.silu(_matmul(x, self.gate[...])) * up
+            hidden = jax.nn.silu(checkpoint_name(_matmul(x, self.gate[...]), _HIDDEN)) * up
         else:
             hidden = jax.nn.gelu(up)
         return _matmul(hidden, self.down[...])
@@ -253,10 +263,19 @@ def apply(
     return Output(hidden, jnp.stack(keys), jnp.stack(values))
 
 
+def head(params: Params, config: ModelConfig) -> jax.Array:
+    """Returns the output head [D, V]: a parameter of its own, or the embedding."""
+    return params["embedding"].T if config.tied_embeddings else params["head"]
+
+
+def logits(w_DV: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Returns float32 logits [..., V] of hidden states [..., D] by an output head."""
+    return jnp.matmul(hidden, w_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
 def unembed(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., D]."""
-    w_DV = params["embedding"].T if config.tied_embeddings else params["head"]
-    return jnp.matmul(hidden, w_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return logits(head(params, config), hidden)
 
 
 def _layer(layers: Params, index: int) -> Params:

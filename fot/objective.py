@@ -1,5 +1,6 @@
 """Next-token loss and its counts (FoT, section 3.2: the standard loss, nothing added)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,11 +29,99 @@ class Sums(NamedTuple):
     weight: jax.Array
 
 
-def token_nll(params: Params, hidden: jax.Array, targets: jax.Array, config: ModelConfig) -> tuple:
-    """Returns (nll in nats, whether the most likely token is the target) for each target, float32 and bool."""
-    logits = model.unembed(params, hidden, config)
+class _Score(NamedTuple):
+    """Of some positions: nll in nats, whether no token is likelier than the target, log of the softmax's sum."""
+
+    nll: jax.Array
+    correct: jax.Array
+    lse: jax.Array
+
+
+def _score(logits: jax.Array, targets: jax.Array) -> _Score:
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return jax.nn.logsumexp(logits, -1) - picked, logits.argmax(-1) == targets
+    lse = jax.nn.logsumexp(logits, -1)
+    return _Score(lse - picked, picked >= logits.max(-1), lse)
+
+
+def token_nll(params: Params, hidden: jax.Array, targets: jax.Array, config: ModelConfig) -> tuple:
+    """Returns (nll in nats, whether no token is likelier than the target) for each target, float32 and bool."""
+    score = _score(model.unembed(params, hidden, config), targets)
+    return score.nll, score.correct
+
+
+class _Targets(NamedTuple):
+    """What is predicted, [R, T]."""
+
+    tokens: jax.Array
+    weights: jax.Array
+
+
+def _in_blocks(step, carry, block: int, *arrays: jax.Array):
+    """Scans `step` over blocks of positions of arrays [R, T, …]; returns the carry and what comes out, [R, T, …].
+
+    Rows stay whole, as they may lie on different devices.
+    """
+    length = arrays[0].shape[1]
+    whole = length - length % block
+
+    def split(x):
+        return x[:, :whole].reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
+
+    outs = []
+    if whole:
+        carry, out = jax.lax.scan(lambda c, xs: step(c, *xs), carry, tuple(map(split, arrays)))
+        outs.append(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], whole, *x.shape[3:]), out))
+    if whole < length:
+        carry, out = step(carry, *(x[:, whole:] for x in arrays))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *outs)
+
+
+def _sums(score: _Score, weights: jax.Array) -> Sums:
+    return Sums((score.nll * weights).sum(), (score.correct * weights).sum(), weights.sum())
+
+
+_NOTHING = Sums(*3 * [0.0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _streamed_sums(w_DV: jax.Array, hidden_RTD: jax.Array, targets: _Targets, block: int) -> Sums:
+    """Sums over all positions, whose logits exist for `block` positions of each row at a time.
+
+    When a gradient is wanted it is taken along the way: nothing the size of the logits is kept or computed again.
+    """
+
+    def step(sums, hidden, tokens, weights):
+        score = _score(model.logits(w_DV, hidden), tokens)
+        return jax.tree.map(jnp.add, sums, _sums(score, weights)), None
+
+    start = jax.tree.map(jnp.float32, _NOTHING)
+    return _in_blocks(step, start, block, hidden_RTD, *targets)[0]
+
+
+def _streamed_forward(w_DV, hidden_RTD, targets, block):
+    w = w_DV.astype(hidden_RTD.dtype)
+
+    def step(carry, hidden, tokens, weights):
+        sums, dw = carry
+        logits = model.logits(w, hidden)
+        score = _score(logits, tokens)
+        right = jnp.arange(logits.shape[-1]) == tokens[..., None]
+        dlogits = ((jnp.exp(logits - score.lse[..., None]) - right) * weights[..., None]).astype(hidden.dtype)
+        dw += jnp.einsum("rtd,rtv->dv", hidden, dlogits, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, _sums(score, weights)), dw), dlogits @ w.T
+
+    start = jax.tree.map(jnp.float32, _NOTHING), jnp.zeros(w_DV.shape, jnp.float32)
+    (sums, dw_DV), dhidden_RTD = _in_blocks(step, start, block, hidden_RTD, *targets)
+    return sums, (dw_DV.astype(w_DV.dtype), dhidden_RTD)
+
+
+def _streamed_backward(block, saved, cotangent: Sums):
+    dw_DV, dhidden_RTD = saved
+    return dw_DV * cotangent.nll, dhidden_RTD * cotangent.nll.astype(dhidden_RTD.dtype), None
+
+
+_streamed_sums.defvjp(_streamed_forward, _streamed_backward)
 
 
 class Plan(NamedTuple):
@@ -74,7 +163,6 @@ def loss_sums(params: Params, batch: Batch, config: ModelConfig, plan: Plan) -> 
     everything = len(plan.keep) == len(batch.tokens)
     keep = None if everything else plan.keep
     output = model.apply(params, batch.tokens, tokens, config, table=plan.table, keep=keep)
-    nll, correct = token_nll(params, output.hidden, batch.targets[plan.keep], config)
-    weights = batch.weights[plan.keep]
-    sums = Sums((nll * weights).sum(), (correct * weights).sum(), weights.sum())
+    targets = _Targets(batch.targets[plan.keep], batch.weights[plan.keep])
+    sums = _streamed_sums(model.head(params, config), output.hidden, targets, config.loss_block)
     return sums.nll, sums

@@ -96,18 +96,22 @@ def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int
     gradients, sums = _gradients(state.params, batch, config, objective.plan(config, d))
     norm = optax.tree.norm(gradients)
     transformation = optimizer.optimizer(config.optimizer, config.train.steps)
-    updates, new_optimizer = transformation.update(gradients, state.optimizer, state.params)
     good = jnp.isfinite(norm) & jnp.isfinite(sums.nll)
     loss, accuracy = sums.nll / sums.weight, sums.correct / sums.weight
     reached = (good & (accuracy >= config.crossbatch.d_accuracy)).astype(jnp.int32)
 
-    def choose(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    def update(gradients, params, moments):
+        updates, moments = transformation.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, optax.tree.norm(updates)
 
+    def skip(gradients, params, moments):
+        return params, moments, jnp.float32(0)
+
+    params, moments, update_norm = jax.lax.cond(good, update, skip, gradients, state.params, state.optimizer)
     new = TrainState(
         step=state.step + 1,
-        params=choose(optax.apply_updates(state.params, updates), state.params),
-        optimizer=choose(new_optimizer, state.optimizer),
+        params=params,
+        optimizer=moments,
         phase=jnp.minimum(state.phase + reached, len(config.crossbatch.d) - 1),
         skipped=state.skipped + ~good,
         skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
@@ -117,7 +121,7 @@ def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int
         accuracy=accuracy,
         tokens=sums.weight,
         gradient_norm=norm,
-        update_norm=optax.tree.norm(updates),
+        update_norm=update_norm,
         parameter_norm=optax.tree.norm(new.params),
         skipped=new.skipped,
         skipped_in_a_row=new.skipped_in_a_row,

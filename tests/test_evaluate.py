@@ -239,7 +239,7 @@ def test_errors_of_files(tmp_path):
     with pytest.raises(UserError, match="holds no results"):
         report.load(tmp_path / "other.json")
     with pytest.raises(UserError, match="can't write"):
-        report.write(tmp_path / "other.json" / "file", b"")
+        report.save(report.Results(T, ()), {}, tmp_path / "other.json")
 
 
 def made_up(scale: float) -> report.Results:

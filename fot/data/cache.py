@@ -3,12 +3,11 @@
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import BinaryIO
 
+from fot import files
 from fot.config import DataConfig
-from fot.errors import DataError
 
 
 def folder(config: DataConfig) -> pathlib.Path:
@@ -29,23 +28,5 @@ def key(parts: Iterable[str | bytes]) -> str:
 
 
 def write(path: pathlib.Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Creates or replaces the file `path` at once: a reader finds the whole file or none, whoever writes beside.
-
-    Args:
-      fill: writes the content to the open binary file that it is given.
-
-    Raises:
-      DataError: the folder can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file:
-            try:
-                fill(file)
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise DataError(f"can't write {path} ({error.strerror}): set data.cache_dir to a writable folder") from None
+    """Creates or replaces a file of the cache at once; see `fot.files.write`."""
+    files.write(path, fill, "set data.cache_dir to a writable folder")

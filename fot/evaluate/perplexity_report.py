@@ -4,16 +4,16 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
+from fot import files
 from fot.config import MEMORY_MODES, READER_NAMES
 from fot.errors import UserError
 
 JSON_FILE, PLOT_FILE = "perplexity.json", "perplexity.png"
+_REMEDY = "choose a folder that can be written"
 NO_MEMORY = "none"  # mode and reader of the column without memory
 
 
@@ -162,29 +162,8 @@ def load(path: str | pathlib.Path) -> Results:
 def save(results: Results, about: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Writes `perplexity.json` at once, with the values of `about` (JSON) before the results; returns its path."""
     text = json.dumps({**about, **to_dict(results)}, indent=1, allow_nan=False)
-    write(folder / JSON_FILE, text.encode())
+    files.write(folder / JSON_FILE, lambda file: file.write(text.encode()), _REMEDY)
     return folder / JSON_FILE
-
-
-def write(path: pathlib.Path, content: bytes) -> None:
-    """Creates or replaces a file at once: a kill leaves the old or the new one.
-
-    Raises:
-      UserError: the folder can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror}): choose a folder that can be written") from None
 
 
 def table(results: Results) -> str:
@@ -272,7 +251,7 @@ def plot(results: Mapping[str, Results], path: str | pathlib.Path) -> None:
         axes.legend(frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    write(pathlib.Path(path), buffer.getvalue())
+    files.write(pathlib.Path(path), lambda file: file.write(buffer.getvalue()), _REMEDY)
 
 
 def _plot_memory(axes: Any, results: Mapping[str, Results]) -> None:
