@@ -81,8 +81,9 @@ class ModelConfig:
       memory_gate: combine local and memory attention by a learned gate per head (Memorizing Transformer) and not
         in one softmax.
       compute_dtype: dtype of activations and matrix products; parameters are stored in float32.
-      remat: what the backward pass computes again instead of keeping it: "none", "elementwise" (all but matrix
-        products and attention), "mlp" (that, and the feed-forward layer), "full" (whole layers); less memory each.
+      remat: what the backward pass computes again instead of keeping it: "none", "elementwise" (norms, activations
+        and attention's output projection), "mlp" (that, and the feed-forward layer), "full" (whole layers); each takes
+        less memory and more time than the one before.
       attention_block: queries per block of attention logits, in tokens; bounds memory, changes no result.
       loss_block: positions of each row whose output logits exist at once in training; bounds memory, changes no result.
       unroll: layers unrolled in each iteration of the scan over layers; more compiles longer and may run faster.

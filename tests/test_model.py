@@ -204,6 +204,19 @@ def test_remat_changes_no_gradient(remat):
     close(gradients(dataclasses.replace(LLAMA, remat=remat)), gradients(LLAMA))
 
 
+def test_remat_computes_again_what_its_name_says():
+    """Of matrix products: the output projection, then the feed-forward layer's two, then all of a layer's."""
+    none, elementwise, mlp, full = (products(dataclasses.replace(LLAMA, remat=remat)) for remat in REMATS)
+    pieces = 3  # of program: the layers before the memory layer, that layer, and those after it
+    assert elementwise == none + pieces
+    assert mlp == elementwise + 2 * pieces
+    assert full > mlp + 3 * pieces
+
+
+def products(config: ModelConfig) -> int:
+    return str(jax.make_jaxpr(lambda: gradients(config))()).count("dot_general[")
+
+
 def test_bfloat16_compute_stays_close_with_float32_parameters():
     config = dataclasses.replace(PAPER, compute_dtype="bfloat16")
     rounded, exact = apply(config), apply(PAPER)

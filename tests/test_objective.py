@@ -75,6 +75,34 @@ def test_loss_is_the_weighted_negative_log_likelihood_of_its_rows(config, loss_r
     np.testing.assert_allclose(sums.correct, ((scores.argmax(-1) == targets) * weights).sum())
 
 
+@pytest.mark.parametrize("block", [1, 5, 8, 16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_blocks_of_the_loss_change_neither_sums_nor_gradients(config, block, tied):
+    config, batch = replace(config, model=dict(tied_embeddings=tied, loss_block=2 * SHAPE[1])), make_batch()
+    blocks = replace(config, model=dict(loss_block=block))
+    for got, expected in zip(
+        jax.tree.leaves(sums_and_gradients(params(config), batch, blocks)),
+        jax.tree.leaves(plain_sums_and_gradients(params(config), batch, config)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def plain_sums_and_gradients(params, batch, config):
+    """Every logit at once, differentiated by JAX."""
+
+    def loss(params):
+        plan = objective.plan(config, config.crossbatch.d[0])
+        tokens = Tokens(batch.documents, batch.positions)
+        output = model.apply(params, batch.tokens, tokens, config.model, table=plan.table)
+        nll, correct = objective.token_nll(params, output.hidden, batch.targets, config.model)
+        return (nll * batch.weights).sum(), ((correct * batch.weights).sum(), batch.weights.sum())
+
+    (nll, counts), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return objective.Sums(nll, *counts), gradient
+
+
 def test_accuracy_counts_the_most_likely_tokens(config):
     batch = make_batch()
     best = np.asarray(logits(params(config), batch, config)).argmax(-1).astype(np.int32)
