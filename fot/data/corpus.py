@@ -62,7 +62,9 @@ def load(config: ExperimentConfig, split: str) -> Data:
       DataError: see `tasks.documents`, `tokenizer.load` and `tokenize`.
     """
     encoder = tokenizer.load(config.data, config.model)
-    return Data(encoder, tokenize(config.data, tasks.documents(config.data, split), encoder))
+    [source] = config.data.sources  # mixtures come with the next change
+    documents = list(tasks.documents(source, config.data, split))
+    return Data(encoder, tokenize(config.data, documents, encoder))
 
 
 def tokenize(config: DataConfig, documents: Sequence[tasks.Document], encoder: tokenizer.Tokenizer) -> Corpus:
@@ -83,7 +85,11 @@ def tokenize(config: DataConfig, documents: Sequence[tasks.Document], encoder: t
         cache.write(offsets_path, lambda file: np.save(file, offsets))
     offsets = np.asarray(_open(offsets_path))
     return _select(
-        _open(tokens_path), offsets, [document.name for document in documents], key, config.min_document_tokens
+        _open(tokens_path),
+        offsets,
+        [document.name for document in documents],
+        key,
+        config.sources[0].min_document_tokens,
     )
 
 
