@@ -24,6 +24,7 @@ OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
 READER_NAMES = ("dense", "knn")
 TASKS = ("python_stdlib", "files")
+PACKINGS = ("strided", "released")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
@@ -237,6 +238,8 @@ class DataConfig:
       tokenizer_file: for tokenizer "file": a SentencePiece model, or a Hugging Face tokenizer.json.
       context: tokens of a row, the local context T.
       batch_size: rows of a batch; a multiple of `crossbatch.packing`.
+      packing: which document a pack takes when it has read one to its end: "strided", every B-th of the stream, for B
+        packs in a batch; "released", the first that no pack has taken (the released LongLLaMA code).
       held_out_fraction: share of the documents held out from training, chosen by document.
       cache_dir: where downloads, tokenizers and tokenized documents are cached; "" is the user's cache folder.
       workers: processes that tokenize.
@@ -254,6 +257,7 @@ class DataConfig:
     tokenizer_file: str = ""
     context: int = 128
     batch_size: int = 8
+    packing: str = "strided"
     held_out_fraction: float = 0.05
     cache_dir: str = ""
     workers: int = 1
@@ -264,6 +268,7 @@ class DataConfig:
             if task not in TASKS:
                 raise ConfigError(f"task={task!r} is not one of {', '.join(TASKS)}{_nearest(task, TASKS)}")
         _one_of(self, "tokenizer", TOKENIZERS)
+        _one_of(self, "packing", PACKINGS)
         _one_of(self, "weight_unit", WEIGHT_UNITS)
         _one_of(self, "bad_documents", BAD_DOCUMENTS)
         _positive(self, "context", "batch_size", "workers")
@@ -271,7 +276,8 @@ class DataConfig:
         _require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must be between 0 and 1")
         _require(
             self.tokenizer != "file" or self.tokenizer_file != "",
-            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer to bytes or trained",
+            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer to bytes or "
+            "trained",
         )
         count = max(len(getattr(self, name)) for name in _PER_SOURCE)
         for name in _PER_SOURCE:
