@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot.config import CrossbatchConfig, DataConfig, ExperimentConfig
-from fot.data import corpus, loader, rows
+from fot.data import corpus, loader, mixture, rows
 
 CONFIG = ExperimentConfig(
     crossbatch=CrossbatchConfig(variant="none", packing=2), data=DataConfig(batch_size=8, context=16)
@@ -31,9 +31,9 @@ def open_loader(documents, position=None, sharding=None, prefetch=2):
 
 
 def expected(documents, count):
-    position = rows.start(CONFIG)
+    stream, position = mixture.mix(documents, CONFIG.data), rows.start(CONFIG)
     for _ in range(count):
-        batch, position = rows.next_batch(documents, position, CONFIG, range(4))
+        batch, position = rows.next_batch(stream, position, CONFIG, range(4))
         yield batch, position
 
 
