@@ -132,3 +132,12 @@ def test_data_wait_is_the_time_waited(documents, monkeypatch):
 def test_prefetch_of_nothing_is_refused(documents):
     with pytest.raises(ValueError, match="prefetch=0"):
         open_loader(documents, prefetch=0)
+
+
+def test_a_step_that_is_slower_than_packing_does_not_wait(documents):
+    with open_loader(documents) as batches:
+        waits = []
+        for loaded in itertools.islice(batches, 20):
+            waits.append(loaded.data_wait)
+            time.sleep(0.02)  # the step
+    assert np.median(waits[1:]) < 0.002
