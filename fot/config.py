@@ -276,8 +276,7 @@ class DataConfig:
         _require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must be between 0 and 1")
         _require(
             self.tokenizer != "file" or self.tokenizer_file != "",
-            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer to bytes or "
-            "trained",
+            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer=trained",
         )
         count = max(len(getattr(self, name)) for name in _PER_SOURCE)
         for name in _PER_SOURCE:

@@ -187,12 +187,6 @@ def test_no_document_long_enough_names_the_field_and_leaves_nothing(folder):
     assert cached(folder) == []
 
 
-def test_a_split_without_documents_names_the_fraction(folder, monkeypatch):
-    monkeypatch.setattr(tasks, "documents", lambda *_: iter(()))
-    assert "data.held_out_fraction" in message(DataError, load, folder, "held_out")
-    assert cached(folder) == []
-
-
 @pytest.mark.parametrize("file", ["tokens", "offsets", "names", "name_offsets", "summary.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_cache_is_named(folder, file, damage):

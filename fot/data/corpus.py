@@ -170,15 +170,20 @@ def _load_part(
 ) -> Part:
     """Returns the documents of one source from the cache, where they are put first if need be."""
     data = config.data
-    origin = [encoder.key, tasks.fingerprint(source, data), split, str(data.held_out_fraction), data.bad_documents]
-    origin += [FORMAT, source.files, source.field, str(source.min_document_tokens)]
-    folder = cache.folder(data) / f"corpus-{cache.key(origin)}"
+    origin = [FORMAT, encoder.key, tasks.fingerprint(source, data), split]
+    settings = [str(data.held_out_fraction), str(source.min_document_tokens), data.bad_documents]
+    folder = cache.folder(data) / f"corpus-{cache.key(origin + settings)}"
     if not folder.exists():
         documents = encode.encoded(tasks.documents(source, data, split), encoder, config)
         dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.int32
         with cache.new_folder(folder) as new, contextlib.closing(documents):
             summary = _write(new, documents, np.dtype(dtype), source.min_document_tokens, f"{name} ({split})")
-            _check(summary, source, split)
+            if summary.documents == 0:
+                raise DataError(
+                    f"none of {summary.short} documents of data.task={source.task} {source.files} has "
+                    f"data.min_document_tokens={source.min_document_tokens} tokens, the longest has "
+                    f"{summary.longest}: lower data.min_document_tokens or add documents"
+                )
     return _open(folder, name)
 
 
@@ -227,21 +232,6 @@ def _write(
     summary = _Summary(dtype.name, count, total, name_bytes, digest.hexdigest()[:16], short, longest)
     (folder / "summary.json").write_text(json.dumps(summary._asdict()))
     return summary
-
-
-def _check(summary: _Summary, source: SourceConfig, split: str) -> None:
-    """Raises DataError for a part without documents."""
-    if summary.documents == 0 and summary.short == 0:
-        raise DataError(
-            f"data.task={source.task} {source.files} has no documents in the split {split}: change "
-            "data.held_out_fraction or add documents"
-        )
-    if summary.documents == 0:
-        raise DataError(
-            f"none of {summary.short} documents of data.task={source.task} {source.files} has "
-            f"data.min_document_tokens={source.min_document_tokens} tokens, the longest has {summary.longest}: lower "
-            "data.min_document_tokens or add documents"
-        )
 
 
 def _open(folder: pathlib.Path, name: str) -> Part:
