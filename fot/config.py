@@ -24,10 +24,10 @@ OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
 READER_NAMES = ("dense", "knn")
 TASKS = ("python_stdlib", "files")
-PACKINGS = ("strided", "released")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
+PACKINGS = ("strided", "released")
 MEMORY_MODES = ("single_doc", "multi_doc")
 
 
