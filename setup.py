@@ -29,6 +29,7 @@ setup(
             "ipykernel>=7.4",
             "nbclient>=0.11",
             "nbformat>=5.11",
+            "psutil>=7.2",
             "pytest>=9.2",
             "ruff>=0.17.6",
         ],

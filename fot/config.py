@@ -242,7 +242,7 @@ class DataConfig:
         packs in a batch; "released", the first that no pack has taken (the released LongLLaMA code).
       held_out_fraction: share of the documents held out from training, chosen by document.
       cache_dir: where downloads, tokenizers and tokenized documents are cached; "" is the user's cache folder.
-      workers: processes that tokenize.
+      workers: processes that tokenize; 1 is the run's own.
       seed: of the order of documents.
     """
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 import os
+import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 
 import numpy as np
+import psutil
 import pytest
 
 from fot.config import DataConfig, ExperimentConfig, ModelConfig
@@ -235,6 +239,27 @@ def test_a_worker_that_dies_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(encode, "_chunks", lambda documents: iter([chunk]))
     values = config(folder, workers=2)
     assert "data.workers" in message(DataError, lambda: list(encode.encoded([], None, values)))
+
+
+ENDLESS = """
+import itertools, multiprocessing
+from fot.config import DataConfig, ExperimentConfig
+from fot.data import encode, tasks
+config = ExperimentConfig(data=DataConfig(tokenizer="bytes", workers=2))
+documents = (tasks.Document(str(i), "text") for i in itertools.count())
+for chunk in encode.encoded(documents, None, config):
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+"""
+
+
+def test_workers_end_with_a_killed_process():
+    root = pathlib.Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.kill()
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_who_comes_second_takes_what_is_there(folder, monkeypatch):

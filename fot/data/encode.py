@@ -3,6 +3,9 @@
 import collections
 import concurrent.futures
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -82,7 +85,15 @@ _worker: list[tokenizer.Tokenizer] = []  # a worker's tokenizer, loaded once: it
 
 
 def _start_worker(data: DataConfig, model: ModelConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the process that waits for the tokens sees to it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.append(tokenizer.load(data, model))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, by SIGKILL too."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: list[tasks.Document]) -> list[Encoded]:
