@@ -31,8 +31,8 @@ class Place(NamedTuple):
 class Mixture:
     """A stream of documents: the sources of a corpus by their shares, each in a new order in each of its epochs.
 
-    A block of ordinals holds a fixed number of documents of each source in random order. Where shares don't make whole
-    numbers, the numbers of different blocks differ by one, such that no error adds up. A single source is the
+    A block of ordinals holds each source's share of documents in random order. Where shares don't make whole numbers,
+    the numbers vary by a document or two from block to block, such that no error adds up. A single source is the
     stream itself: ordinal o is in epoch o // n the (o % n)-th of n documents.
 
     Attributes:
