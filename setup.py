@@ -24,7 +24,15 @@ setup(
         "tqdm>=4.70",
     ],
     extras_require={
-        "test": ["ipykernel>=7.4", "nbclient>=0.11", "nbformat>=5.11", "pytest>=9.2", "ruff>=0.17.6"],
+        "test": [
+            "hypothesis>=6.170",
+            "ipykernel>=7.4",
+            "nbclient>=0.11",
+            "nbformat>=5.11",
+            "psutil>=7.2",
+            "pytest>=9.2",
+            "ruff>=0.17.6",
+        ],
         "tpu": ["jax[tpu]>=0.10.2"],
     },
 )

@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.d_steps = (450_000,)
     config.data.context = 512
     config.data.batch_size = 128  # 32k tokens of C_curr
-    config.data.min_document_tokens = 1024
+    config.data.min_document_tokens = (1024,)
     config.optimizer.learning_rate = 0.01
     config.optimizer.min_learning_rate = 5e-4
     config.train.steps = 500_000

@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.d_accuracy = 0.98
     config.data.context = 256
     config.data.batch_size = 256
-    config.data.min_document_tokens = 512
+    config.data.min_document_tokens = (512,)
     config.optimizer.learning_rate = 0.02
     config.optimizer.min_learning_rate = 0.01
     config.train.steps = 5_000

@@ -54,7 +54,7 @@ def paper_large() -> ml_collections.ConfigDict:
     config.crossbatch.d = (2,)
     config.data.context = 2048
     config.data.batch_size = 256  # 256k tokens of C_curr
-    config.data.min_document_tokens = 4096
+    config.data.min_document_tokens = (4096,)
     config.optimizer.learning_rate = 5e-3
     config.optimizer.min_learning_rate = 5e-4
     config.evaluate.memory = (0, 2048, 4096, 16384, 65536)
@@ -91,7 +91,7 @@ def longllama() -> ml_collections.ConfigDict:
     documents(config)
     config.data.context = 2048
     config.data.batch_size = 128  # 256k tokens
-    config.data.min_document_tokens = 1024
+    config.data.min_document_tokens = (1024,)
     cluster(config)
     config.evaluate.memory = (0, 2048, 6144, 16384, 65536)
     config.evaluate.readers = ("dense",)
@@ -101,8 +101,8 @@ def longllama() -> ml_collections.ConfigDict:
 
 def documents(config: ml_collections.ConfigDict) -> None:
     """Sets placeholders for the user's own documents and tokenizer; a run names them by its overrides."""
-    config.data.task = "files"
-    config.data.files = "documents/**/*.txt"
+    config.data.task = ("files",)
+    config.data.files = ("documents/**/*.txt",)
     config.data.tokenizer = "file"
     config.data.tokenizer_file = "tokenizer.model"
 

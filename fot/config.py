@@ -24,7 +24,10 @@ OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
 READER_NAMES = ("dense", "knn")
 TASKS = ("python_stdlib", "files")
+WEIGHT_UNITS = ("tokens", "documents")
+BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
+PACKINGS = ("strided", "released")
 MEMORY_MODES = ("single_doc", "multi_doc")
 
 
@@ -203,45 +206,99 @@ class CrossbatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents: the entries of one place in the tuples of `DataConfig`, where they are explained."""
+
+    task: str
+    files: str
+    field: str
+    weight: float
+    min_document_tokens: int
+
+
+_PER_SOURCE = ("task", "files", "field", "weights", "min_document_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Documents, tokenizer and batch (FoT, Appendix A.4).
 
+    The fields `task`, `files`, `field`, `weights` and `min_document_tokens` have an entry for each source of documents;
+    a single entry holds for all of them.
+
     Attributes:
-      task: an entry of `fot.data.tasks.TASKS`.
-      files: for task "files": glob of text files, one document each.
-      tokenizer_file: for tokenizer "file": a SentencePiece model.
-      seed: of the order of documents.
-      tokenizer: "bytes"; "trained": a SentencePiece BPE model of `model.vocab_size` trained once on the task's
-        training documents and cached; "file": the SentencePiece model in `tokenizer_file`.
+      task: entries of `fot.data.tasks.TASKS`.
+      files: for task "files": glob of text or JSONL files.
+      field: for JSONL files: the field that holds the text.
+      weights: share of each source in the stream, in units of `weight_unit`; they need not add up to 1.
+      weight_unit: "tokens" or "documents".
+      min_document_tokens: shorter documents are left out.
+      bad_documents: what to do with a document that can't be read: "skip" (and count) or "refuse".
+      tokenizer: "bytes"; "trained": a SentencePiece BPE model of `model.vocab_size` trained once on the run's
+        training documents and cached; "file": the model in `tokenizer_file`.
+      tokenizer_file: for tokenizer "file": a SentencePiece model, or a Hugging Face tokenizer.json.
       context: tokens of a row, the local context T.
       batch_size: rows of a batch; a multiple of `crossbatch.packing`.
-      min_document_tokens: shorter documents are left out.
+      packing: which document a pack takes when it has read one to its end: "strided", every B-th of the stream, for B
+        packs in a batch; "released", the first that no pack has taken (the released LongLLaMA code).
       held_out_fraction: share of the documents held out from training, chosen by document.
-      cache_dir: where tokenizers and tokenized documents are cached; "" is the user's cache folder.
+      cache_dir: where downloads, tokenizers and tokenized documents are cached; "" is the user's cache folder.
+      workers: processes that tokenize; 1 is the run's own.
+      seed: of the order of documents.
     """
 
-    task: str = "python_stdlib"
-    files: str = ""
+    task: tuple[str, ...] = ("python_stdlib",)
+    files: tuple[str, ...] = ("",)
+    field: tuple[str, ...] = ("text",)
+    weights: tuple[float, ...] = (1.0,)
+    weight_unit: str = "tokens"
+    min_document_tokens: tuple[int, ...] = (256,)
+    bad_documents: str = "skip"
     tokenizer: str = "trained"
     tokenizer_file: str = ""
     context: int = 128
     batch_size: int = 8
-    min_document_tokens: int = 256
+    packing: str = "strided"
     held_out_fraction: float = 0.05
     cache_dir: str = ""
+    workers: int = 1
     seed: int = 0
 
     def __post_init__(self):
-        _one_of(self, "task", TASKS)
+        for task in self.task:
+            if task not in TASKS:
+                raise ConfigError(f"task={task!r} is not one of {', '.join(TASKS)}{_nearest(task, TASKS)}")
         _one_of(self, "tokenizer", TOKENIZERS)
-        _positive(self, "context", "batch_size")
-        _not_negative(self, "min_document_tokens", "seed")
+        _one_of(self, "packing", PACKINGS)
+        _one_of(self, "weight_unit", WEIGHT_UNITS)
+        _one_of(self, "bad_documents", BAD_DOCUMENTS)
+        _positive(self, "context", "batch_size", "workers")
+        _not_negative(self, "seed")
         _require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must be between 0 and 1")
         _require(
             self.tokenizer != "file" or self.tokenizer_file != "",
-            "tokenizer_file is empty: name a SentencePiece model, or set tokenizer to bytes or trained",
+            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer=trained",
         )
-        _require(self.task != "files" or self.files != "", "files is empty: name a glob of text files for task=files")
+        count = max(len(getattr(self, name)) for name in _PER_SOURCE)
+        for name in _PER_SOURCE:
+            given = len(getattr(self, name))
+            _require(given in (1, count), f"{name} has {given} entries: give 1 or {count}, one for each source")
+        for source in self.sources:
+            _require(
+                source.task != "files" or source.files != "",
+                "files is empty: name a glob of text or JSONL files for task=files",
+            )
+            _require(source.weight > 0, f"weights={self.weights} must be greater than 0")
+            _require(source.min_document_tokens >= 0, "min_document_tokens must be 0 or greater")
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of documents, in order."""
+        columns = [getattr(self, name) for name in _PER_SOURCE]
+        count = max(map(len, columns))
+        return tuple(
+            SourceConfig(*row) for row in zip(*(column * (count // len(column)) for column in columns), strict=True)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from fot import checkpoint, cli, crossbatch, flops, model, objective, optimizer, sharding
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, TrainConfig
-from fot.data import corpus, rows
+from fot.data import corpus, mixture, rows
 from fot.data.loader import Loader, global_batch
 from fot.errors import CheckpointError, TrainingError
 from fot.metrics import MetricsWriter, Progress
@@ -223,7 +223,7 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, log: Callable[[str], 
         if checkpoints.latest() is not None:
             checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
         documents = corpus.load(config, "train").corpus
-        log(f"{len(documents)} training documents, {int(documents.lengths.sum()):,} tokens")
+        log(f"{len(documents)} training documents, {documents.token_count:,} tokens")
         abstract = sharding.abstract(jax.eval_shape(lambda: init_state(config)), mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         held_out_step = jax.jit(lambda params, batch, d: held_out_sums(params, batch, config, d), static_argnums=2)
@@ -248,7 +248,7 @@ def _held_out_batches(config: ExperimentConfig, mesh: Mesh) -> list[Batch]:
     """Returns the batches of held-out documents whose loss is followed during training."""
     if config.train.evaluate_every == 0:
         return []
-    documents = corpus.load(config, "held_out").corpus
+    documents = mixture.mix(corpus.load(config, "held_out").corpus, config.data)
     packs, position, batches = range(rows.pack_count(config)), rows.start(config), []
     for _ in range(config.train.evaluate_batches):
         batch, position = rows.next_batch(documents, position, config, packs)
@@ -287,7 +287,7 @@ def _loop(
             _stop_if_lost(metrics, batch, step, checkpoints, train)
         if step % train.log_every == 0 or last:
             jax.block_until_ready(metrics)
-            line = _line(metrics, config, step, d) | clock.rates(config, d)
+            line = _line(metrics, config, step, d) | clock.rates(config, d) | _tokens_read(position, config)
             progress.update(step, line["loss"], line["tokens_per_second"])
             clock = _Clock()
         if run.held_out and (step % train.evaluate_every == 0 or last):
@@ -341,6 +341,12 @@ def _line(metrics: StepMetrics, config: ExperimentConfig, step: int, d: int) -> 
     schedule = optimizer.learning_rate(config.optimizer, config.train.steps)
     applied = step - 1 - values["skipped"]  # a skipped step does not move the optimizer's own count
     return values | {"perplexity": float(np.exp(values["loss"])), "learning_rate": float(schedule(applied)), "d": d}
+
+
+def _tokens_read(position: rows.Position, config: ExperimentConfig) -> dict[str, int]:
+    """Returns the tokens that the run has read of each source, all steps together."""
+    names = corpus.source_names(config.data.sources)
+    return {f"tokens/{name}": count for name, count in zip(names, position.tokens, strict=True)}
 
 
 def _stop_if_lost(

@@ -24,7 +24,7 @@ def tiny_config() -> config_lib.ExperimentConfig:
     """A valid run of four layers, as small as runs get: 8 rows of 16 tokens."""
     return config_lib.ExperimentConfig(
         model=config_lib.ModelConfig(dim=32, head_dim=8, mlp_dim=64, attention_block=16),
-        data=config_lib.DataConfig(tokenizer="bytes", context=16, min_document_tokens=32),
+        data=config_lib.DataConfig(tokenizer="bytes", context=16, min_document_tokens=(32,)),
         optimizer=config_lib.OptimizerConfig(warmup_steps=2),
         train=config_lib.TrainConfig(
             steps=4, log_every=1, evaluate_every=2, evaluate_batches=1, checkpoint_every=2, keep_last=2

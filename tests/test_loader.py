@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot.config import CrossbatchConfig, DataConfig, ExperimentConfig
-from fot.data import corpus, loader, rows
+from fot.data import corpus, loader, mixture, rows
 
 CONFIG = ExperimentConfig(
     crossbatch=CrossbatchConfig(variant="none", packing=2), data=DataConfig(batch_size=8, context=16)
@@ -31,9 +31,9 @@ def open_loader(documents, position=None, sharding=None, prefetch=2):
 
 
 def expected(documents, count):
-    position = rows.start(CONFIG)
+    stream, position = mixture.mix(documents, CONFIG.data), rows.start(CONFIG)
     for _ in range(count):
-        batch, position = rows.next_batch(documents, position, CONFIG, range(4))
+        batch, position = rows.next_batch(stream, position, CONFIG, range(4))
         yield batch, position
 
 
@@ -132,3 +132,12 @@ def test_data_wait_is_the_time_waited(documents, monkeypatch):
 def test_prefetch_of_nothing_is_refused(documents):
     with pytest.raises(ValueError, match="prefetch=0"):
         open_loader(documents, prefetch=0)
+
+
+def test_a_step_that_is_slower_than_packing_does_not_wait(documents):
+    with open_loader(documents) as batches:
+        waits = []
+        for loaded in itertools.islice(batches, 20):
+            waits.append(loaded.data_wait)
+            time.sleep(0.02)  # the step
+    assert np.median(waits[1:]) < 0.002

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from fot.config import CrossbatchConfig, DataConfig, EvaluateConfig, ExperimentConfig
-from fot.data import corpus, rows
+from fot.data import corpus, mixture, rows
 from fot.errors import DataError
 
 CONTEXT = 8
@@ -27,10 +28,11 @@ def documents():
 
 
 def batches(documents, values, count, position=None, packs=None):
+    stream = mixture.mix(documents, values.data)
     position = rows.start(values) if position is None else position
     packs = range(rows.pack_count(values)) if packs is None else packs
     for _ in range(count):
-        batch, position = rows.next_batch(documents, position, values, packs)
+        batch, position = rows.next_batch(stream, position, values, packs)
         yield batch, position
 
 
@@ -56,9 +58,10 @@ def test_flattened_pack_is_its_documents_in_order(documents, packs, packing):
     stream = streams(documents, values, 20)
     for pack in range(packs):
         ordinals = range(pack, pack + packs * 400, packs)
-        indices = [rows.document_at(o, len(documents), 0) for o in ordinals]
+        order = mixture.mix(documents, values.data)
+        indices = [order.document_at(o) for o in ordinals]
         tokens = np.concatenate([documents.document(i) for i in indices])[: stream.tokens.shape[1]]
-        numbers = np.repeat(ordinals, documents.lengths[indices])[: stream.tokens.shape[1]]
+        numbers = np.repeat(indices, documents.lengths[indices])[: stream.tokens.shape[1]]
         positions = np.concatenate([np.arange(documents.lengths[i]) for i in indices])[: stream.tokens.shape[1]]
         np.testing.assert_array_equal(stream.tokens[pack], tokens)
         np.testing.assert_array_equal(stream.documents[pack], numbers)
@@ -66,45 +69,29 @@ def test_flattened_pack_is_its_documents_in_order(documents, packs, packing):
 
 
 @SHAPES
-def test_every_token_of_every_document_once_an_epoch(documents, packs, packing):
-    values = config(packs, packing)
-    stream = streams(documents, values, 1000 // (packs * packing) + 100)
-    n = len(documents)
-    for epoch in range(2):
-        seen = [(stream.documents >= epoch * n) & (stream.documents < (epoch + 1) * n)][0]
-        occurrences = stream.documents[seen]
-        found = sorted(zip(occurrences.tolist(), stream.positions[seen].tolist(), strict=True))
-        expected = [
-            (o, p)
-            for o in range(epoch * n, (epoch + 1) * n)
-            for p in range(documents.lengths[rows.document_at(o, n, 0)])
-        ]
-        assert found == expected
-        assert sorted(stream.tokens[seen].tolist()) == sorted(documents.tokens.tolist())
-
-
-def test_epochs_are_permutations_in_different_orders():
-    orders = [[rows.document_at(e * 50 + i, 50, seed) for i in range(50)] for seed in (0, 1) for e in (0, 1)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-
-
-@SHAPES
 def test_targets_are_the_next_tokens_and_weigh_inside_documents_only(documents, packs, packing):
     stream = streams(documents, config(packs, packing), 20)
     np.testing.assert_array_equal(stream.targets[:, :-1], stream.tokens[:, 1:])
-    same = stream.documents[:, :-1] == stream.documents[:, 1:]
-    np.testing.assert_array_equal(stream.weights[:, :-1], same)
     np.testing.assert_array_equal(stream.weights == 0, stream.tokens == 2)
+    ends = stream.positions[:, 1:] == 0
+    np.testing.assert_array_equal(stream.weights[:, :-1] == 0, ends)
+    assert (stream.documents[:, :-1] == stream.documents[:, 1:])[~ends].all()
     assert (stream.targets[stream.tokens == 2] == 1).all()
 
 
-def test_document_of_n_tokens_has_n_minus_1_targets(documents):
-    stream = streams(documents, config(), 60)
-    for ordinal in range(len(documents)):
-        mine = stream.documents == ordinal
-        length = documents.lengths[rows.document_at(ordinal, len(documents), 0)]
-        assert stream.weights[mine].sum() == length - 1
+def test_weights_leave_out_what_does_not_count(documents):
+    random = np.random.default_rng(0)
+    counted = [random.random(length) < 0.5 for length in LENGTHS]
+    some = corpus.from_arrays([documents.document(i) for i in range(len(documents))], counted)
+    assert some.key != documents.key
+    stream = streams(some, config(), 20)
+    target = np.r_[stream.positions[0, 1:], 0]  # 0 after the last token of a document
+    expected = [p > 0 and counted[number][p] for number, p in zip(stream.documents[0], target, strict=True)]
+    np.testing.assert_array_equal(stream.weights[0, :-1], expected[:-1])
+    for begin in range(LENGTHS[6]):
+        for end in range(begin + 1, LENGTHS[6] + 1):
+            expected = np.r_[counted[6][1:], False][begin:end]
+            np.testing.assert_array_equal(some.weights(6, begin, end), expected)
 
 
 def test_types_and_shapes(documents):
@@ -148,26 +135,46 @@ def test_seed_changes_the_order(documents):
 
 
 def test_reading_does_not_depend_on_the_step(documents, monkeypatch):
-    values = config()
-    far = rows.Position((10**6,) * 4, (0,) * 4)
     calls = []
-    original = rows._permutation.__wrapped__
-    rows._permutation.cache_clear()
-    monkeypatch.setattr(rows, "_permutation", lambda *a: calls.append(a) or original(*a))
-    rows.next_batch(documents, far, values, range(4))
-    assert len(calls) < 100
+    original = mixture.shuffled
+    monkeypatch.setattr(mixture, "shuffled", lambda *a: calls.append(a) or original(*a))
+    counts = []
+    for ordinal in (0, 10**12):
+        position = rows.start(config())._replace(ordinals=tuple(range(ordinal, ordinal + 4)))
+        calls.clear()
+        rows.next_batch(mixture.mix(documents, config().data), position, config(), range(4))
+        counts.append(len(calls))
+    assert max(counts) < 50
+
+
+def test_equal_texts_in_a_batch_have_equal_numbers(documents):
+    values = config(packs=3 * len(documents), packing=1)
+    for batch, _ in batches(documents, values, 5):
+        for number in range(len(documents)):
+            mine = batch.documents == number
+            np.testing.assert_array_equal(batch.tokens[mine], documents.document(number)[batch.positions[mine]])
+
+
+def test_tokens_of_each_source_are_counted(documents):
+    both = corpus.Corpus(documents.parts + corpus.from_arrays([np.full(50, 9)]).parts)
+    values = dataclasses.replace(config(), data=dataclasses.replace(config().data, weights=(3.0, 1.0)))
+    found = np.zeros(2, int)
+    for batch, position in batches(both, values, 50):
+        found += np.bincount(batch.documents.ravel() == len(documents), minlength=2)
+        np.testing.assert_array_equal(position.tokens, found)
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {},
-        {"finished": [1]},
-        {"finished": [1], "offsets": [1, 2]},
-        {"finished": [], "offsets": []},
-        {"finished": [-1], "offsets": [0]},
-        {"finished": ["a"], "offsets": [0]},
-        {"finished": 1, "offsets": 1},
+        {"ordinals": [1], "tokens": [0]},
+        {"ordinals": [1], "offsets": [1, 2], "tokens": [0]},
+        {"ordinals": [], "offsets": [], "tokens": [0]},
+        {"ordinals": [1], "offsets": [1], "tokens": []},
+        {"ordinals": [-2], "offsets": [0], "tokens": [0]},
+        {"ordinals": ["a"], "offsets": [0], "tokens": [0]},
+        {"ordinals": 1, "offsets": 1, "tokens": 1},
     ],
 )
 def test_damaged_position_is_one_line(values):
@@ -178,12 +185,17 @@ def test_damaged_position_is_one_line(values):
 
 def test_position_of_another_batch_size_names_the_field(documents):
     with pytest.raises(DataError, match=r"data\.batch_size=8 .* makes 4"):
-        rows.next_batch(documents, rows.start(config(packs=2)), config(packs=4), range(4))
+        next(batches(documents, config(packs=4), 1, rows.start(config(packs=2))))
+
+
+def test_position_of_other_sources_names_the_field(documents):
+    with pytest.raises(DataError, match=r"2 sources but data\.task names 1"):
+        next(batches(documents, config(), 1, rows.start(config())._replace(tokens=(0, 0))))
 
 
 def test_position_of_other_documents(documents):
     with pytest.raises(DataError, match="past the end"):
-        rows.next_batch(documents, rows.Position((0,) * 4, (1000,) * 4), config(), range(4))
+        next(batches(documents, config(), 1, rows.Position((0, 1, 2, 3), (1000,) * 4, (0,))))
 
 
 EVALUATIONS = pytest.mark.parametrize(
@@ -236,5 +248,5 @@ def test_evaluation_row_holds_its_document_to_the_end(documents, changes):
 
 def test_evaluation_types_match_training(documents):
     batch = next(rows.evaluation_batches(documents, CONTEXT, EvaluateConfig(batch_size=20)))
-    training, _ = rows.next_batch(documents, rows.start(config()), config(), range(4))
+    [(training, _)] = batches(documents, config(), 1)
     assert [field.dtype for field in batch] == [field.dtype for field in training]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fot.config import DataConfig, ExperimentConfig, ModelConfig
-from fot.data import corpus, tasks, tokenizer
+from fot.data import tasks, tokenizer
 from fot.errors import DataError
 
 HARD_TEXTS = [
@@ -134,47 +134,3 @@ def test_file_that_is_no_tokenizer_is_named(folder, name):
     (folder / "empty").touch()
     values = config(folder, tokenizer="file", tokenizer_file=f"{folder}/{name}")
     assert name in error(tokenizer.load, values.data, values.model)
-
-
-def test_corpus_is_bos_text_eos(folder):
-    values = config(folder)
-    for split in tasks.SPLITS:
-        encoder, documents = corpus.load(values, split)
-        for i, document in enumerate(tasks.documents(values.data, split)):
-            tokens = documents.document(i)
-            assert tokens.dtype == np.int32 and documents.names[i] == document.name
-            assert (tokens[0], tokens[-1]) == (encoder.bos, encoder.eos)
-            assert encoder.decode(tokens[1:-1]) == document.text
-            np.testing.assert_array_equal(documents.read(i, 3, 9), tokens[3:9])
-
-
-def test_corpus_comes_from_the_cache_the_second_time(folder, monkeypatch):
-    first = corpus.load(config(folder), "train").corpus
-    monkeypatch.setattr(corpus, "_encode", None)
-    second = corpus.load(config(folder), "train").corpus
-    assert first.key == second.key and isinstance(second.tokens, np.memmap)
-    np.testing.assert_array_equal(first.tokens, second.tokens)
-
-
-def test_short_documents_are_left_out(folder):
-    everything = corpus.load(config(folder, min_document_tokens=0), "train").corpus
-    limit = int(np.median(everything.lengths))
-    some = corpus.load(config(folder, min_document_tokens=limit), "train").corpus
-    kept = [i for i in range(len(everything)) if everything.lengths[i] >= limit]
-    assert 0 < len(kept) < len(everything) and some.key != everything.key
-    assert some.names == tuple(everything.names[i] for i in kept)
-    for i, j in enumerate(kept):
-        np.testing.assert_array_equal(some.document(i), everything.document(j))
-
-
-def test_no_document_long_enough(folder):
-    message = error(corpus.load, config(folder, min_document_tokens=10**6), "train")
-    assert "data.min_document_tokens=1000000" in message
-
-
-def test_damaged_cache_is_named(folder, tmp_path):
-    values = config(folder, cache_dir=str(tmp_path), tokenizer="bytes")
-    corpus.load(values, "train")
-    path = next(tmp_path.glob("*.offsets.npy"))
-    path.write_bytes(b"")
-    assert path.name in error(corpus.load, values, "train")

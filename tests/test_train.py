@@ -34,8 +34,8 @@ def config(tiny_config, tmp_path) -> ExperimentConfig:
         tiny_config,
         model=SMALL,
         data=dict(
-            task="files",
-            files=str(tmp_path / "documents" / "*.txt"),
+            task=("files",),
+            files=(str(tmp_path / "documents" / "*.txt"),),
             cache_dir=str(tmp_path / "cache"),
             held_out_fraction=0.3,
         ),
@@ -166,6 +166,9 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(config, tmp_p
     assert "\n" not in str(error.value)
     line = read_metrics(tmp_path / "straight" / "metrics.jsonl")[-1]
     assert {"learning_rate", "d", "tokens_per_second", "model_flops_per_second", "held_out/loss"} <= line.keys()
+    assert {"data_wait", "tokens/files"} <= line.keys()
+    read = [line["tokens/files"] for line in read_metrics(tmp_path / "resumed" / "metrics.jsonl")]
+    assert read == [step * whole.data.batch_size * whole.data.context for step in (1, 2, 3, 4)]
 
 
 def test_a_killed_run_goes_on_bit_for_bit_through_a_change_of_d(config, tmp_path):

@@ -1,5 +1,6 @@
 """Files derived from documents (tokenizers, token arrays), kept on disk under a name that is a hash of their origin."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -27,6 +28,14 @@ def key(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
+_REMEDY = "make room, or set data.cache_dir to a writable folder"
+
+
 def write(path: pathlib.Path, fill: Callable[[BinaryIO], object]) -> None:
     """Creates or replaces a file of the cache at once; see `fot.files.write`."""
-    files.write(path, fill, "set data.cache_dir to a writable folder")
+    files.write(path, fill, _REMEDY)
+
+
+def new_folder(path: pathlib.Path) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Gives a folder to fill that becomes part of the cache at once; see `fot.files.new_folder`."""
+    return files.new_folder(path, _REMEDY)

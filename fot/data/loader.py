@@ -11,7 +11,7 @@ import numpy as np
 
 from fot.batch import Batch
 from fot.config import ExperimentConfig
-from fot.data import rows
+from fot.data import mixture, rows
 from fot.data.corpus import Corpus
 
 _POLL = 0.05  # seconds between two looks at whether the loader was closed
@@ -112,8 +112,9 @@ def _produce(
     packs = sorted({row // packing for row in wanted})
     # A pack may lie on two hosts: each reads all of it and keeps its own rows.
     kept = np.array([packs.index(row // packing) * packing + row % packing for row in wanted])
+    stream = mixture.mix(corpus, config.data)
     while True:
-        batch, position = rows.next_batch(corpus, position, config, packs)
+        batch, position = rows.next_batch(stream, position, config, packs)
         batch = Batch(*(field[kept] for field in batch))
         yield (batch if sharding is None else global_batch(batch, sharding)), position
 

@@ -1,16 +1,18 @@
 """Documents to rows: endless packed batches for training, one pass over every document for evaluation.
 
 Training: the R rows of a batch are B packs of K rows; rows b*K to b*K + K - 1 are consecutive pieces of T tokens
-of pack b's stream of documents ("each batch row owns one document from its first token to its last", FoT, section
-3.2). Pack b takes the document ordinals b, b + B, b + 2B, ...; ordinal o is in epoch o // n the (o % n)-th of n
-documents, in an order that depends on the seed and the epoch. So no pack or host needs to know of another, and
-the whole state is `Position`.
+of pack b's documents ("each batch row owns one document from its first token to its last", FoT, section 3.2). A pack
+reads a document to its end and then takes another from the stream, by the ordinals of `mixture`: pack b takes b, b + B,
+b + 2B, ... (`data.packing=strided`), so that no pack or host needs to know of another. The whole state is `Position`.
+
+An epoch is what the stream makes it: n ordinals that stand for the n documents of a source once each. Every token of
+these is in exactly one row. Packs read documents of different lengths, so some begin the next epoch while others are
+still in this one: an epoch ends with the last of its documents, and its batches also hold first documents of the next.
 """
 
-import functools
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,23 +20,28 @@ import numpy as np
 from fot.batch import Batch
 from fot.config import EvaluateConfig, ExperimentConfig
 from fot.data.corpus import Corpus
+from fot.data.mixture import Mixture
 from fot.errors import DataError
+
+NOTHING_READ = -1  # the ordinal of a pack that hasn't taken a document yet
 
 
 class Position(NamedTuple):
-    """Where the next batch begins: for each of the B packs, the same on every host.
+    """Where the next batch begins, the same on every host, and what came before it.
 
     Attributes:
-      finished: documents that the pack has read to their end.
-      offsets: tokens read of the pack's current document.
+      ordinals: for each of the B packs, the ordinal of its current document.
+      offsets: for each pack, the tokens that it has read of that document.
+      tokens: for each source, the tokens that all packs have read of it since the run began.
     """
 
-    finished: tuple[int, ...]
+    ordinals: tuple[int, ...]
     offsets: tuple[int, ...]
+    tokens: tuple[int, ...]
 
     def to_dict(self) -> dict[str, list[int]]:
         """Returns the position as plain values for JSON; `position_from_dict` is the inverse."""
-        return {"finished": list(self.finished), "offsets": list(self.offsets)}
+        return {name: list(values) for name, values in self._asdict().items()}
 
 
 def position_from_dict(values: Mapping[str, Sequence[int]]) -> Position:
@@ -44,12 +51,16 @@ def position_from_dict(values: Mapping[str, Sequence[int]]) -> Position:
       DataError: it isn't one.
     """
     try:
-        finished, offsets = tuple(map(int, values["finished"])), tuple(map(int, values["offsets"]))
+        position = Position(*(tuple(map(int, values[name])) for name in Position._fields))
     except (KeyError, TypeError, ValueError):
-        finished, offsets = (), ()
-    if not finished or len(finished) != len(offsets) or min(finished + offsets) < 0:
-        raise DataError("saved data position needs 'finished' and 'offsets', equally long: restore another checkpoint")
-    return Position(finished, offsets)
+        position = Position((), (), ())
+    ordinals, offsets, tokens = position
+    sound = len(ordinals) == len(offsets) > 0 and len(tokens) > 0
+    if not sound or min(ordinals) < NOTHING_READ or min(offsets + tokens) < 0:
+        raise DataError(
+            "saved data position needs 'ordinals' and 'offsets', equally long, and 'tokens': restore another checkpoint"
+        )
+    return position
 
 
 def pack_count(config: ExperimentConfig) -> int:
@@ -59,54 +70,78 @@ def pack_count(config: ExperimentConfig) -> int:
 
 def start(config: ExperimentConfig) -> Position:
     """Returns the position of the first batch of a run."""
-    zeros = (0,) * pack_count(config)
-    return Position(zeros, zeros)
+    packs = pack_count(config)
+    return Position((NOTHING_READ,) * packs, (0,) * packs, (0,) * len(config.data.sources))
 
 
-def document_at(ordinal: int, documents: int, seed: int) -> int:
-    """Returns the index in a corpus of `documents` documents of the `ordinal`-th document of a run."""
-    return int(_permutation(documents, seed, ordinal // documents)[ordinal % documents])
+def _strided(ordinals: Sequence[int], pack: int) -> int:
+    return pack if ordinals[pack] == NOTHING_READ else ordinals[pack] + len(ordinals)
 
 
-@functools.lru_cache(maxsize=4)  # packs read a few epochs at once; without, every document costs a permutation
-def _permutation(documents: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(documents)
+def _released(ordinals: Sequence[int], pack: int) -> int:
+    return max(ordinals) + 1
+
+
+# The ordinal that a pack takes when it is done with the one it has, by the ordinals of all packs.
+PACKINGS: dict[str, Callable[[Sequence[int], int], int]] = {"strided": _strided, "released": _released}
 
 
 class _Span(NamedTuple):
-    """Tokens `start` to `stop` of document `index`, which is the `ordinal`-th of the run."""
+    """Tokens `start` to `stop` of document `number`."""
 
-    ordinal: int
-    index: int
+    number: int
     start: int
     stop: int
 
 
-def _spans(
-    corpus: Corpus, seed: int, packs: int, pack: int, finished: int, offset: int, count: int
-) -> tuple[list[_Span], int, int]:
-    """Returns the spans of the next `count` tokens of a pack, then its `finished` and `offset` after them."""
-    spans = []
-    while count > 0:
-        ordinal = pack + packs * finished
-        index = document_at(ordinal, len(corpus), seed)
-        length = int(corpus.lengths[index])
-        if offset >= length:
-            raise DataError("saved data position is past the end of a document: restore with the documents it is from")
-        stop = min(length, offset + count)
-        spans.append(_Span(ordinal, index, offset, stop))
-        count -= stop - offset
-        finished, offset = (finished + 1, 0) if stop == length else (finished, stop)
-    return spans, finished, offset
+class _Reading(NamedTuple):
+    """What each pack reads for a batch, the span that begins the next one, and the position after it."""
+
+    spans: list[list[_Span]]
+    following: list[_Span]
+    after: Position
+
+
+def _read(stream: Mixture, position: Position, take: Callable[[Sequence[int], int], int], count: int) -> _Reading:
+    """Lets each pack in turn read `count` tokens from its place in the stream on."""
+    corpus = stream.corpus
+    ordinals, offsets, tokens = map(list, position)
+    packs, following = [], []
+    for pack in range(len(ordinals)):
+        if ordinals[pack] == NOTHING_READ:
+            ordinals[pack] = take(ordinals, pack)
+        spans, left = [], count
+        number = stream.document_at(ordinals[pack])
+        while left > 0:
+            length, begin = corpus.length(number), offsets[pack]
+            if begin >= length:
+                raise DataError(
+                    "saved data position is past the end of a document: restore with the documents it is from"
+                )
+            end = min(length, begin + left)
+            spans.append(_Span(number, begin, end))
+            tokens[corpus.source(number)] += end - begin
+            left, offsets[pack] = left - (end - begin), end
+            if end == length:
+                ordinals[pack], offsets[pack] = take(ordinals, pack), 0
+                number = stream.document_at(ordinals[pack])
+        packs.append(spans)
+        following.append(_Span(number, offsets[pack], offsets[pack] + 1))
+    return _Reading(packs, following, Position(tuple(ordinals), tuple(offsets), tuple(tokens)))
 
 
 def next_batch(
-    corpus: Corpus, position: Position, config: ExperimentConfig, packs: Sequence[int]
+    stream: Mixture, position: Position, config: ExperimentConfig, packs: Sequence[int]
 ) -> tuple[Batch, Position]:
     """Returns the batch at `position` and the position after it; the cost doesn't depend on how far the run is.
 
-    The stream keeps `<eos>` and the `<bos>` after it: every token is an input once an epoch. The target at `<eos>`
-    is that `<bos>`, with weight 0.
+    The rows keep `<eos>` and the `<bos>` after it: every token is an input once an epoch. The target at `<eos>` is
+    that `<bos>`, with weight 0.
+
+    `Batch.documents` numbers texts, not their occurrences. Two packs can hold the same text where documents are fewer
+    than packs, or where an epoch ends; by its number neither is a negative for the other, and either sees of the
+    other only what comes earlier in the text, which is what it has read itself. (The paper's negatives are other
+    documents; a copy among them would teach the model to distrust its own past, or show it what comes next.)
 
     Args:
       packs: the packs to return, those of this host; `position` covers and advances all of them.
@@ -115,38 +150,34 @@ def next_batch(
       Batch of numpy arrays [len(packs) * packing, context], and a Position.
 
     Raises:
-      DataError: `position` belongs to another number of packs or to other documents.
+      DataError: `position` belongs to another number of packs or sources, or to other documents.
     """
     total, rows, context = pack_count(config), config.crossbatch.packing, config.data.context
-    if len(position.finished) != total:
+    if len(position.ordinals) != total:
         raise DataError(
-            f"saved data position has {len(position.finished)} packs but data.batch_size={config.data.batch_size} / "
+            f"saved data position has {len(position.ordinals)} packs but data.batch_size={config.data.batch_size} / "
             f"crossbatch.packing={rows} makes {total}: restore with the values it was saved with"
         )
-    read = [
-        _spans(corpus, config.data.seed, total, pack, finished, offset, rows * context)
-        for pack, (finished, offset) in enumerate(zip(*position, strict=True))
-    ]
-    after = Position(tuple(finished for _, finished, _ in read), tuple(offset for _, _, offset in read))
-    streams = []
-    for pack in packs:
-        spans, finished, offset = read[pack]
-        [following], _, _ = _spans(corpus, config.data.seed, total, pack, finished, offset, 1)
-        streams.append(_stream(corpus, spans, following))
-    arrays = (np.concatenate(field).reshape(-1, context) for field in zip(*streams, strict=True))
-    return Batch(*arrays), after
+    if len(position.tokens) != len(stream.corpus.parts):
+        raise DataError(
+            f"saved data position has {len(position.tokens)} sources but data.task names {len(stream.corpus.parts)}: "
+            "restore with those it was saved with"
+        )
+    reading = _read(stream, position, PACKINGS[config.data.packing], rows * context)
+    fields = zip(*(_rows(stream.corpus, reading.spans[pack], reading.following[pack]) for pack in packs), strict=True)
+    return Batch(*(np.concatenate(field).reshape(-1, context) for field in fields)), reading.after
 
 
-def _stream(corpus: Corpus, spans: list[_Span], following: _Span) -> Batch:
+def _rows(corpus: Corpus, spans: list[_Span], following: _Span) -> Batch:
     """Returns the tokens of spans as one long row, all fields [tokens]; `following` is the token after them."""
-    tokens = np.concatenate([corpus.read(span.index, span.start, span.stop) for span in spans])
-    after = corpus.read(following.index, following.start, following.stop)
+    tokens = np.concatenate([corpus.read(*span) for span in (*spans, following)])
     sizes = [span.stop - span.start for span in spans]
-    positions = np.concatenate([np.arange(span.start, span.stop, dtype=np.int32) for span in spans])
-    last = np.repeat([corpus.lengths[span.index] - 1 for span in spans], sizes)
-    documents = np.repeat(np.array([span.ordinal for span in spans], np.int32), sizes)
     return Batch(
-        tokens, np.concatenate([tokens[1:], after]), (positions < last).astype(np.float32), documents, positions
+        tokens=tokens[:-1],
+        targets=tokens[1:],
+        weights=np.concatenate([corpus.weights(*span) for span in spans]),
+        documents=np.repeat(np.array([span.number for span in spans], np.int32), sizes),
+        positions=np.concatenate([np.arange(span.start, span.stop, dtype=np.int32) for span in spans]),
     )
 
 
@@ -159,7 +190,7 @@ def _assignment(corpus: Corpus, context: int, config: EvaluateConfig) -> list[li
         inputs = min(inputs, config.max_tokens or inputs)
         windows, row = free[0]
         heapq.heapreplace(free, (windows + -(-inputs // context), row))
-        rows[row].append(_Span(index, index, 0, inputs))
+        rows[row].append(_Span(index, 0, inputs))
     return rows
 
 
@@ -172,12 +203,12 @@ def _windows(corpus: Corpus, spans: list[_Span], context: int) -> Iterator[Batch
     for span in spans:
         for first in range(span.start, span.stop, context):
             size = min(context, span.stop - first)
-            tokens = corpus.read(span.index, first, first + size + 1)
+            tokens = corpus.read(span.number, first, first + size + 1)
             yield Batch(
                 _padded(tokens[:-1], context, 0),
                 _padded(tokens[1:], context, 0),
                 _padded(np.ones(size, np.float32), context, 0),
-                _padded(np.full(size, span.ordinal, np.int32), context, -1),
+                _padded(np.full(size, span.number, np.int32), context, -1),
                 _padded(np.arange(first, first + size, dtype=np.int32), context, 0),
             )
 

@@ -6,10 +6,11 @@ import logging
 import os
 import pathlib
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from fot.config import DataConfig
+from fot.config import DataConfig, SourceConfig
+from fot.data import cache
 from fot.errors import DataError
 
 SPLITS = ("train", "held_out")
@@ -34,7 +35,7 @@ class Document(NamedTuple):
     text: str
 
 
-def python_stdlib(config: DataConfig) -> list[Source]:
+def python_stdlib(config: SourceConfig) -> list[Source]:
     """Returns the modules of the running interpreter's standard library, its tests left out; names are relative."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     sources = []
@@ -45,7 +46,7 @@ def python_stdlib(config: DataConfig) -> list[Source]:
     return sources
 
 
-def text_files(config: DataConfig) -> list[Source]:
+def text_files(config: SourceConfig) -> list[Source]:
     """Returns the files that the glob `files` matches (`**` crosses folders).
 
     Names are relative to the part of the glob before its first wildcard, so they don't depend on where a host
@@ -60,7 +61,7 @@ def text_files(config: DataConfig) -> list[Source]:
     return [Source(path.relative_to(root).as_posix(), path) for path in paths]
 
 
-TASKS: dict[str, Callable[[DataConfig], list[Source]]] = {"python_stdlib": python_stdlib, "files": text_files}
+TASKS: dict[str, Callable[[SourceConfig], list[Source]]] = {"python_stdlib": python_stdlib, "files": text_files}
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -69,35 +70,34 @@ def is_held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def documents(config: DataConfig, split: str) -> list[Document]:
-    """Reads the documents of one split of `config.task`, in the order of their names.
-
-    Files that aren't UTF-8 are left out and counted in the log.
+def documents(source: SourceConfig, config: DataConfig, split: str) -> Iterator[Document]:
+    """Reads the documents of one split of a source, one by one, in the order of their names.
 
     Args:
       split: "train" or "held_out".
 
     Raises:
-      DataError: the task has no documents, the split is empty, or a file can't be read.
+      DataError: the source has no documents, or one can't be read.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    sources = sorted(TASKS[config.task](config))
+    sources = sorted(TASKS[source.task](source))
     if not sources:
-        where = f"data.files={config.files!r} matches no file" if config.files else "no files found"
-        raise DataError(f"data.task={config.task} has no documents: {where}")
-    held_out = split == "held_out"
-    chosen = [source for source in sources if is_held_out(source.name, config.held_out_fraction) == held_out]
-    texts = [Document(source.name, text) for source in chosen if (text := _read(source.path)) is not None]
-    if len(texts) < len(chosen):
-        _log.warning("%d of %d %s documents are not UTF-8: left out", len(chosen) - len(texts), len(chosen), split)
-    if not texts:
-        remedy = "raise" if held_out else "lower"
-        raise DataError(
-            f"none of the {len(sources)} documents of data.task={config.task} is in the {split} split: "
-            f"{remedy} data.held_out_fraction={config.held_out_fraction} or add UTF-8 documents"
-        )
-    return texts
+        where = f"data.files={source.files!r} matches no file" if source.files else "no files found"
+        raise DataError(f"data.task={source.task} has no documents: {where}")
+    for each in sources:
+        if is_held_out(each.name, config.held_out_fraction) == (split == "held_out"):
+            text = _read(each.path)
+            if text is None:
+                _log.warning("%s is not UTF-8: left out", each.path)
+            else:
+                yield Document(each.name, text)
+
+
+def fingerprint(source: SourceConfig, config: DataConfig) -> str:
+    """Returns what tells a source's documents from others without reading them all: names, sizes and times of files."""
+    files = [(each.name, each.path.stat()) for each in sorted(TASKS[source.task](source))]
+    return cache.key([source.task, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files)])
 
 
 def _read(path: pathlib.Path) -> str | None:

@@ -117,7 +117,7 @@ def trained_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
     Raises:
       DataError: `model.vocab_size` is too small for the byte pieces and the frequent characters.
     """
-    documents = tasks.documents(data, "train")
+    documents = [document for source in data.sources for document in tasks.documents(source, data, "train")]
     settings = {**TRAINING_SETTINGS, "vocab_size": model.vocab_size}
     origin = [f"{settings} {TRAINING_BYTES}", *(part for document in documents for part in document)]
     path = cache.folder(data) / f"tokenizer-{cache.key(origin)}.model"
