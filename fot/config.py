@@ -23,7 +23,11 @@ D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
 READER_NAMES = ("dense", "knn")
-TASKS = ("python_stdlib", "files")
+TASKS = (
+    *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
+    *("seqio", "c4", "pg19"),
+)
+TASKS_OF_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
@@ -226,8 +230,9 @@ class DataConfig:
 
     Attributes:
       task: entries of `fot.data.tasks.TASKS`.
-      files: for task "files": glob of text or JSONL files.
-      field: for JSONL files: the field that holds the text.
+      files: glob of text or JSONL files, plain, .gz or .zst, for the tasks that read files; for task "seqio" the name
+        of a registered task, or "module:name"; for "c4" and "pg19" the data folder of TensorFlow Datasets.
+      field: for JSONL files and task "seqio": the field that holds the text; "a.b" is field b of field a.
       weights: share of each source in the stream, in units of `weight_unit`; they need not add up to 1.
       weight_unit: "tokens" or "documents".
       min_document_tokens: shorter documents are left out.
@@ -271,7 +276,7 @@ class DataConfig:
         _require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must be between 0 and 1")
         _require(
             self.tokenizer != "file" or self.tokenizer_file != "",
-            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer to bytes or trained",
+            "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer=trained",
         )
         count = max(len(getattr(self, name)) for name in _PER_SOURCE)
         for name in _PER_SOURCE:
@@ -279,8 +284,9 @@ class DataConfig:
             _require(given in (1, count), f"{name} has {given} entries: give 1 or {count}, one for each source")
         for source in self.sources:
             _require(
-                source.task != "files" or source.files != "",
-                "files is empty: name a glob of text or JSONL files for task=files",
+                source.task not in TASKS_OF_FILES or source.files != "",
+                f"files is empty: name {'a registered task' if source.task == 'seqio' else 'a glob of files'} "
+                f"for task={source.task}",
             )
             _require(source.weight > 0, f"weights={self.weights} must be greater than 0")
             _require(source.min_document_tokens >= 0, "min_document_tokens must be 0 or greater")
