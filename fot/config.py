@@ -279,9 +279,10 @@ class DataConfig:
             "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer=trained",
         )
         count = max(len(getattr(self, name)) for name in _PER_SOURCE)
+        for_each = f", or {count}: one for each source" if count > 1 else ""
         for name in _PER_SOURCE:
             given = len(getattr(self, name))
-            _require(given in (1, count), f"{name} has {given} entries: give 1 or {count}, one for each source")
+            _require(given in (1, count), f"{name} has {given} entries: give 1{for_each}")
         for source in self.sources:
             _require(
                 source.task not in TASKS_OF_FILES or source.files != "",

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,10 @@ TRAINING_SETTINGS = {
     "num_threads": 1,
     "minloglevel": 2,
 }
+
+# What the beginning and the end of a text are called where a tokenizer.json does not add them itself.
+BOS_PIECES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
+EOS_PIECES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space so; in a text it would come back as a space
 
@@ -105,7 +109,7 @@ def file_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
         bos or eos.
     """
     path = pathlib.Path(data.tokenizer_file).expanduser()
-    read = huggingface.tokenizer if path.suffix == ".json" else _sentencepiece
+    read = _huggingface if path.suffix == ".json" else _sentencepiece
     try:
         return read(path.read_bytes(), f"data.tokenizer_file={path}")
     except OSError as error:
@@ -204,3 +208,48 @@ def _sentencepiece(proto: bytes, origin: str) -> Tokenizer:
 
     key = hashlib.sha256(proto).hexdigest()[:16]
     return Tokenizer(encode_batch, decode, size, processor.bos_id(), processor.eos_id(), key)
+
+
+def _huggingface(content: bytes, origin: str) -> Tokenizer:
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError(f"{origin} needs the package tokenizers: run 'pip install fot[huggingface]'") from None
+    try:
+        encoder = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises nothing more precise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{origin} is not a Hugging Face tokenizer.json ({reason}): replace it") from None
+    encoder.no_truncation()
+    encoder.no_padding()
+    bos, eos = _boundaries(encoder, origin)
+    encoder.encode_special_tokens = True  # in a text, "</s>" is four characters
+    size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(ids: Iterable[int]) -> str:
+        return encoder.decode([int(i) for i in ids if 0 <= i < size], skip_special_tokens=True)
+
+    return Tokenizer(encode_batch, decode, size, bos, eos, hashlib.sha256(content).hexdigest()[:16])
+
+
+def _boundaries(encoder: Any, origin: str) -> tuple[int, int]:
+    """Returns the ids of bos and eos: those that a Hugging Face tokenizer puts around a text, else by their names."""
+    around = encoder.encode("a")
+    inside = [i for i, special in enumerate(around.special_tokens_mask) if not special]
+    before = around.ids[: inside[0]] if inside else []
+    after = around.ids[inside[-1] + 1 :] if inside else []
+    named = {token.content: i for i, token in encoder.get_added_tokens_decoder().items()}
+    bos = before[:1] + [named[piece] for piece in BOS_PIECES if piece in named]
+    eos = after[-1:] + [named[piece] for piece in EOS_PIECES if piece in named]
+    if not eos:
+        names = ", ".join(EOS_PIECES)
+        raise DataError(f"{origin} has no eos token: add one of {names} to its added_tokens, or a post_processor")
+    # GPT-2 and its heirs separate texts by one token, <|endoftext|>.
+    if not bos and eos[0] != named.get("<|endoftext|>"):
+        names = ", ".join(BOS_PIECES)
+        raise DataError(f"{origin} has no bos token: add one of {names} to its added_tokens, or a post_processor")
+    return (bos or eos)[0], eos[0]
