@@ -113,6 +113,12 @@ def read_text(file: File) -> str | Bad:
         return error.bad
 
 
+def no_field(where: str, field: str, value: Any) -> Bad:
+    """Returns what to yield where `value` has not the field that holds the text."""
+    names = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else f"a {type(value).__name__}"
+    return Bad("line without the field", where, f"no {field!r} in {names or 'an empty object'}")
+
+
 def _read_lines(file: File, field: str, wanted: Callable[[str], bool]) -> Iterator[Document | Bad]:
     try:
         for number, line in enumerate(_lines(_chunks(file.path)), start=1):
@@ -134,8 +140,7 @@ def _text_of(line: bytes, field: str, where: str) -> str | Bad:
         return Bad("broken JSON line", where, str(error).partition(":")[0])
     for part in field.split("."):
         if not isinstance(value, dict) or part not in value:
-            has = f"has {', '.join(map(repr, list(value)[:8]))}" if isinstance(value, dict) else "is no object"
-            return Bad("line without the field", where, f"no {field!r}, {has}")
+            return no_field(where, field, value)
         value = value[part]
     if not isinstance(value, str):
         return Bad("field that isn't text", where, f"{field!r} is {type(value).__name__}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fot.config import DataConfig, SourceConfig
+from fot.data import files
 from fot.data.files import Bad, Document
 from fot.errors import DataError
 
@@ -82,7 +83,7 @@ def _read(task: Any, field: str, wanted: Wanted) -> Iterator[Document | Bad]:
 
 def _document(name: str, example: dict[str, Any], field: str) -> Document | Bad:
     if field not in example:
-        return Bad("line without the field", name, f"no {field!r}, has {', '.join(map(repr, example))}")
+        return files.no_field(name, field, example)
     text = example[field]
     if not isinstance(text, bytes):
         return Bad("field that isn't text", name, f"{field!r} is {type(text).__name__}")
