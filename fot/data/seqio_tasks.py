@@ -10,6 +10,8 @@ from fot.data import files
 from fot.data.files import Bad, Document
 from fot.errors import DataError
 
+C4 = "c4/en:3.1.0"
+PG19 = "pg19:0.1.1"
 SPLIT = "train"  # of the data set; what is held out is chosen out of it, as for every task
 
 Wanted = Callable[[str], bool]
@@ -30,11 +32,12 @@ def read_registered(source: SourceConfig, config: DataConfig, wanted: Wanted) ->
             importlib.import_module(module)
         task = seqio.get_mixture_or_task(name)
     if isinstance(task, seqio.Mixture):
-        names, rates = [each.name for each in task.tasks], [task.get_rate(each) for each in task.tasks]
-        where = ",".join(f"{module}:{each}" if module else each for each in names)
+        rates = sorted((each.name, task.get_rate(each)) for each in task.tasks)
+        where = ",".join(f"{module}:{each}" if module else each for each, _ in rates)
+        weights = ",".join(str(rate) for _, rate in rates)
         raise DataError(
             f"data.files={source.files!r} is a seqio mixture: name its tasks, data.task=seqio data.files={where} "
-            f"data.weights={','.join(map(str, rates))}"
+            f"data.weights={weights} data.weight_unit=documents"
         )
     yield from _read(task, source.field, wanted)
 
@@ -44,17 +47,17 @@ def read_c4(source: SourceConfig, config: DataConfig, wanted: Wanted) -> Iterato
 
     The paper's filter, no document under 2k tokens, is `data.min_document_tokens=2048` (FoT, section 4.2).
     """
-    return _read(_tfds_task("c4", "c4/en:3.1.0", source), "text", wanted)
+    return _read(_tfds_task("c4", C4, source), "text", wanted)
 
 
 def read_pg19(source: SourceConfig, config: DataConfig, wanted: Wanted) -> Iterator[Document | Bad]:
     """Yields the books of PG-19; `files` is the data folder of TensorFlow Datasets, "" its default."""
-    return _read(_tfds_task("pg19", "pg19:0.1.1", source), "book_text", wanted)
+    return _read(_tfds_task("pg19", PG19, source), "book_text", wanted)
 
 
 def origin(source: SourceConfig, config: DataConfig) -> list[str]:
     """Returns the name of the data set; seqio has nothing that tells its content without reading it."""
-    return [source.files, SPLIT]
+    return [source.files, SPLIT, C4, PG19]
 
 
 def _tfds_task(name: str, tfds_name: str, source: SourceConfig) -> Any:
