@@ -1,7 +1,7 @@
 """LongLLaMA 3B on its mixture: RedPajama as JSONL, and The Stack's Python as files (FoT, section 5).
 
-Expects the folders `redpajama/` (as published: field "text", "meta" beside it) and `the_stack/python/` in the current
-one; for other models set `config.data` of theirs by `mixture`.
+Expects `redpajama/` as published (JSONL with a field "text") and `the_stack/python/` in the current folder. `mixture`
+sets the same sources for another model.
 """
 
 import ml_collections

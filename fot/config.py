@@ -27,7 +27,7 @@ TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
 )
-TASKS_OF_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
+TASKS_THAT_NAME_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
@@ -285,7 +285,7 @@ class DataConfig:
             _require(given in (1, count), f"{name} has {given} entries: give 1{for_each}")
         for source in self.sources:
             _require(
-                source.task not in TASKS_OF_FILES or source.files != "",
+                source.task not in TASKS_THAT_NAME_FILES or source.files != "",
                 f"files is empty: name {'a registered task' if source.task == 'seqio' else 'a glob of files'} "
                 f"for task={source.task}",
             )

@@ -1,6 +1,7 @@
 """Tasks: where the documents of a run come from, and which of them are held out."""
 
 import collections
+import functools
 import hashlib
 import logging
 import os
@@ -136,13 +137,19 @@ def documents(source: SourceConfig, config: DataConfig, split: str) -> Iterator[
             + (f" (left out: {skipped})" if skipped else "")
         )
     if skipped:
-        _log.warning("data.task=%s, %s split: left out %s", source.task, split, skipped)
+        _warn(f"data.task={source.task}, {split} split: left out {skipped}")
 
 
 def fingerprint(source: SourceConfig, config: DataConfig) -> str:
     """Returns what tells a source's documents from others without reading them: names, sizes, times, settings."""
     settings = (source.task, source.field, str(config.held_out_fraction))
     return cache.key([*settings, *TASKS[source.task].origin(source, config)])
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Logs a warning once: a source may be read for its tokenizer first and for its tokens then."""
+    _log.warning(message)
 
 
 def _where(bad: Bad) -> str:
