@@ -57,6 +57,13 @@ def test_archives_in_one_file_follow_one_another(tmp_path, monkeypatch, suffix, 
     assert [each.text for each in read(tmp_path / "*")] == [row["text"] for row in ROWS]
 
 
+def test_zst_with_a_long_window_is_read(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)  # zstd --long=28; its own limit is 27
+    archive = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(archive.compress(JSONL) + archive.flush())
+    assert len(read(tmp_path / "*")) == len(ROWS)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_truncated_archive_gives_what_was_whole(tmp_path, suffix):
     noise = random.Random(0)

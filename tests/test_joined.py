@@ -139,3 +139,13 @@ def test_theories_are_joined_in_import_order(tmp_path):
     entry, other = read(joined.isabelle, tree(tmp_path, texts))
     assert entry == Document("Entry", "\n".join(texts[f"Entry/{name}.thy"] for name in ("M", "Sub/Z", "A", "Z")))
     assert other == Document("Other", "\n".join(texts[f"Other/{name}.thy"] for name in ("C", "B")))
+
+
+def test_of_theories_with_one_name_the_path_decides(tmp_path):
+    texts = {
+        "Entry/A.thy": 'theory A imports "Lib/Z" begin end',
+        "Entry/Aux/Z.thy": "theory Z imports A begin end",
+        "Entry/Lib/Z.thy": "theory Z imports Main begin end",
+    }
+    [entry] = read(joined.isabelle, tree(tmp_path, texts))
+    assert entry.text == "\n".join(texts[f"Entry/{name}.thy"] for name in ("Lib/Z", "A", "Aux/Z"))
