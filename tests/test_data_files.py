@@ -209,7 +209,9 @@ def test_the_stamp_changes_with_size_and_time(tmp_path):
     path.write_text("three")
     os.utime(path, ns=(2, 2))
     stamps.add(files.stamp(file))
-    assert len(stamps) == 3
+    path.unlink()
+    stamps.add(files.stamp(file))
+    assert len(stamps) == 4
 
 
 def test_paths_with_a_scheme_go_through_gfile(tmp_path):
@@ -224,3 +226,4 @@ def test_paths_with_a_scheme_go_through_gfile(tmp_path):
     assert files.stamp(file).startswith(f"a.jsonl:{len(JSONL)}:")
     gone = files.File("gone", f"file://{tmp_path}/gone")
     assert next(files.read(gone, "text", lambda name: True)).kind == "unreadable file"
+    assert files.stamp(gone) == "gone:unreadable"

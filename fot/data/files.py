@@ -82,11 +82,15 @@ def find(pattern: str) -> list[File]:
 
 def stamp(file: File) -> str:
     """Returns what changes when a file does: its name, size and time, without reading it."""
-    if _is_remote(file.path):
-        stat = _gfile().stat(file.path)
-        return f"{file.name}:{stat.length}:{stat.mtime_nsec}"
-    stat = os.stat(file.path)
-    return f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}"
+    try:
+        if _is_remote(file.path):
+            with _remote_errors():
+                stat = _gfile().stat(file.path)
+            return f"{file.name}:{stat.length}:{stat.mtime_nsec}"
+        stat = os.stat(file.path)
+        return f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}"
+    except OSError:
+        return f"{file.name}:unreadable"  # for `read` to say
 
 
 def read(file: File, field: str, wanted: Callable[[str], bool]) -> Iterator[Document | Bad]:
