@@ -315,10 +315,10 @@ def test_as_a_process(tmp_path):
     run = config(memory=(0, 32), batch_size=2, max_documents=2, max_tokens=64)
     data = dataclasses.replace(
         run.data,
-        task="files",
-        files=f"{tmp_path}/*.txt",
+        task=("files",),
+        files=(f"{tmp_path}/*.txt",),
         tokenizer="bytes",
-        min_document_tokens=32,
+        min_document_tokens=(32,),
         held_out_fraction=0.5,
         cache_dir=str(tmp_path / "cache"),
     )

@@ -34,8 +34,8 @@ def config(tiny_config, tmp_path) -> ExperimentConfig:
         tiny_config,
         model=SMALL,
         data=dict(
-            task="files",
-            files=str(tmp_path / "documents" / "*.txt"),
+            task=("files",),
+            files=(str(tmp_path / "documents" / "*.txt"),),
             cache_dir=str(tmp_path / "cache"),
             held_out_fraction=0.3,
         ),
