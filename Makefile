@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+TEST_STAMP := .venv/.installed-test
 # On a CPU, huge pages spare a train step most of its page faults; elsewhere this does nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -10,29 +11,33 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 help:  ## Show this list.
 	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
-.venv: $(STAMP)  ## Make the virtual environment and install fot into it, again when requirements change.
+.venv: $(TEST_STAMP)  ## Make the virtual environment, with all that the tests need; again when requirements change.
 
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "error: fot needs Python 3.11 or newer and '$(PYTHON)' is not: run 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,seqio]'
 	@touch $@
 
 demo: $(STAMP)  ## Train and evaluate a small Focused Transformer, at most 20 minutes on 2 cores; results in runs/demo.
 	$(BIN)/python -m fot.demo --config=configs/demo.py --workdir=runs/demo
 
-test: $(STAMP) lint  ## Lint, and run every test that isn't slow.
+test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow.
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(STAMP)  ## Run the slow tests alone.
+test-slow: $(TEST_STAMP)  ## Run the slow tests alone.
 	$(BIN)/python -m pytest -m slow
 
-lint: $(STAMP)  ## Check lint rules and format.
+lint: $(TEST_STAMP)  ## Check lint rules and format.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP)  ## Mend lint and format.
+format: $(TEST_STAMP)  ## Mend lint and format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

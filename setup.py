@@ -22,8 +22,11 @@ setup(
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6.5",
         "tqdm>=4.70",
+        "zstandard>=0.25",
     ],
     extras_require={
+        "huggingface": ["tokenizers>=0.23.3"],
+        "seqio": ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10"],
         "test": [
             "hypothesis>=6.170",
             "ipykernel>=7.4",
@@ -32,6 +35,7 @@ setup(
             "psutil>=7.2",
             "pytest>=9.2",
             "ruff>=0.17.6",
+            "tokenizers>=0.23.3",
         ],
         "tpu": ["jax[tpu]>=0.10.2"],
     },

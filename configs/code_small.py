@@ -1,4 +1,4 @@
-"""The longer run on a CPU: the demo's model, in packs of 64 contexts, so that it meets what it will meet in a memory."""
+"""The longer run on a CPU: the demo's model, packs of 16 contexts, and more and more documents to tell apart."""
 
 import ml_collections
 
@@ -6,14 +6,14 @@ from configs import demo
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the run: a query sees up to 4,032 tokens of its own document, and at the last d as many of another."""
+    """Returns the run: at the last d a query sees up to 7,680 tokens of 8 documents, 960 of them its own."""
     config = demo.get_config()
     config.data.batch_size = 128
-    config.crossbatch.packing = 64
-    config.crossbatch.w = 63
-    config.crossbatch.d = (1, 2)
-    config.crossbatch.d_steps = (500,)
-    config.train.steps = 1200
+    config.crossbatch.packing = 16
+    config.crossbatch.w = 15
+    config.crossbatch.d = (1, 2, 4, 8)
+    config.crossbatch.d_steps = (1500, 1800, 2100)
+    config.train.steps = 2500
     config.evaluate.memory = (0, 256, 1024, 4096, 16384)
     config.evaluate.readers = ("dense", "knn")
     config.evaluate.modes = ("single_doc", "multi_doc")

@@ -235,13 +235,22 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         except ValueError:
             raise wrong from None
     if typing.get_args(kind)[0] is str:
-        parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",")]
-        return tuple(part for part in parts if part)
+        return _parse_words(text.strip())
     try:
         value = ast.literal_eval(text.strip() or "()")
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ConfigError(f"{wrong}, such as --{name}={_example(kind)}") from None
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _parse_words(text: str) -> tuple[str, ...]:
+    """Returns the words of `a,b`, `('a', 'b')` or `["a", "b"]`; a word may be empty, and hold brackets (globs do)."""
+    if text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1]
+    words = [word.strip() for word in text.split(",")]
+    if not words[-1]:  # nothing at all, or after the last comma
+        words.pop()
+    return tuple(word.strip("'\"") for word in words)
 
 
 def _kind_name(kind: Any) -> str:
@@ -260,7 +269,7 @@ def _example(kind: Any) -> str:
 def _text(value: Any) -> str:
     """Returns a value as one writes it on the command line."""
     if isinstance(value, tuple | list) and value and not any(isinstance(each, tuple | list) for each in value):
-        return ",".join(str(each) for each in value)
+        return ",".join(str(each) for each in value) + ("," if value[-1] == "" else "")
     if isinstance(value, tuple | list):
         return f'"{tuple(value)}"'.replace(" ", "")
     if isinstance(value, bool):

@@ -23,7 +23,11 @@ D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
 READER_NAMES = ("dense", "knn")
-TASKS = ("python_stdlib", "files")
+TASKS = (
+    *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
+    *("seqio", "c4", "pg19"),
+)
+TASKS_THAT_NAME_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
@@ -228,8 +232,9 @@ class DataConfig:
 
     Attributes:
       task: entries of `fot.data.tasks.TASKS`.
-      files: for task "files": glob of text or JSONL files.
-      field: for JSONL files: the field that holds the text.
+      files: glob of text or JSONL files, plain, .gz or .zst, for the tasks that read files; for task "seqio" the name
+        of a registered task, or "module:name"; for "c4" and "pg19" the data folder of TensorFlow Datasets.
+      field: for JSONL files and task "seqio": the field that holds the text; "a.b" is field b of field a.
       weights: share of each source in the stream, in units of `weight_unit`; they need not add up to 1.
       weight_unit: "tokens" or "documents".
       min_document_tokens: shorter documents are left out.
@@ -280,13 +285,15 @@ class DataConfig:
             "tokenizer_file is empty: name a SentencePiece model or a tokenizer.json, or set tokenizer=trained",
         )
         count = max(len(getattr(self, name)) for name in _PER_SOURCE)
+        for_each = f", or {count}: one for each source" if count > 1 else ""
         for name in _PER_SOURCE:
             given = len(getattr(self, name))
-            _require(given in (1, count), f"{name} has {given} entries: give 1 or {count}, one for each source")
+            _require(given in (1, count), f"{name} has {given} entries: give 1{for_each}")
         for source in self.sources:
             _require(
-                source.task != "files" or source.files != "",
-                "files is empty: name a glob of text or JSONL files for task=files",
+                source.task not in TASKS_THAT_NAME_FILES or source.files != "",
+                f"files is empty: name {'a registered task' if source.task == 'seqio' else 'a glob of files'} "
+                f"for task={source.task}",
             )
             _require(source.weight > 0, f"weights={self.weights} must be greater than 0")
             _require(source.min_document_tokens >= 0, "min_document_tokens must be 0 or greater")
@@ -374,6 +381,7 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps of the run.
       seed: of the parameters and of random draws of d.
+      init_from: workdir of another run whose newest checkpoint gives the first parameters; "" draws them.
       accumulation: microbatches whose gradients are added up before one optimizer step.
       log_every: steps between two lines of metrics.
       evaluate_every: steps between two losses on held-out documents; 0 is never.
@@ -385,6 +393,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    init_from: str = ""
     accumulation: int = 1
     seed: int = 0
     log_every: int = 10

@@ -229,7 +229,7 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, log: Callable[[str], 
         held_out_step = jax.jit(lambda params, batch, d: held_out_sums(params, batch, config, d), static_argnums=2)
         run = Run(config, mesh, shardings, documents.key, _held_out_batches(config, mesh), held_out_step)
         if checkpoints.latest() is None:
-            state, position = jax.jit(lambda: init_state(config), out_shardings=shardings)(), rows.start(config)
+            state, position = _first_state(config, abstract, log), rows.start(config)
         else:
             restored = checkpoints.restore(None, abstract)
             state, position = restored.state, run.restore_position(restored.data_position)
@@ -242,6 +242,20 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, log: Callable[[str], 
             Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as loader,
         ):
             return _loop(run, state, loader, checkpoints, writer, progress, log)
+
+
+def _first_state(config: ExperimentConfig, abstract: TrainState, log: Callable[[str], None]) -> TrainState:
+    """Returns the state that a new run begins with: drawn, or with the parameters of `train.init_from`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+    if not config.train.init_from:
+        return state
+    source = pathlib.Path(config.train.init_from) / "checkpoints"
+    with checkpoint.Checkpointer(source, config.train) as checkpoints:
+        step = checkpoints.latest()
+        params = checkpoints.restore_params(step, abstract.params)
+    log(f"beginning with the parameters of step {step} in {source}")
+    return state._replace(params=params)
 
 
 def _held_out_batches(config: ExperimentConfig, mesh: Mesh) -> list[Batch]:

@@ -62,6 +62,10 @@ OVERRIDES = [
     ("evaluate.readers", "dense", ("dense",)),
     ("evaluate.readers", "dense,knn", ("dense", "knn")),
     ("evaluate.readers", "('dense', 'knn')", ("dense", "knn")),
+    ("evaluate.readers", "dense,", ("dense",)),
+    ("data.files", "a/**/*.[ch]", ("a/**/*.[ch]",)),
+    ("data.files", "[ab]/*.txt,c.txt", ("[ab]/*.txt", "c.txt")),
+    ("data.files", ",", ("",)),
 ]
 
 

@@ -121,8 +121,22 @@ WRONG = [
     ),
     ({"crossbatch.variant": "released", "crossbatch.range": 8}, "crossbatch.range=8 must be below the 8 rows"),
     # Data.
-    ({"data.task": "file"}, "data.task='file' is not one of python_stdlib, files; did you mean 'files'?"),
-    ({"data.task": "files"}, "data.files is empty"),
+    ({"data.task": "files"}, "data.task='files' must be a tuple"),
+    ({"data.task": ("file",)}, "data.task='file' is not one of python_stdlib, files, directories, "),
+    ({"data.task": ("file",)}, "; did you mean 'files'?"),
+    ({"data.task": ("files",)}, "data.files is empty: name a glob of files for task=files"),
+    ({"data.task": ("isabelle",)}, "data.files is empty: name a glob of files for task=isabelle"),
+    ({"data.task": ("seqio",)}, "data.files is empty: name a registered task for task=seqio"),
+    ({"data.task": ()}, "data.task has 0 entries: give 1"),
+    (
+        {"data.task": ("sympy", "books"), "data.weights": (1, 2, 3)},
+        "data.task has 2 entries: give 1, or 3: one for each source",
+    ),
+    ({"data.weights": (1.0, 0.0)}, "data.weights=(1.0, 0.0) must be greater than 0"),
+    ({"data.min_document_tokens": (-1,)}, "data.min_document_tokens must be 0 or greater"),
+    ({"data.weight_unit": "bytes"}, "data.weight_unit='bytes' is not one of tokens, documents"),
+    ({"data.bad_documents": "keep"}, "data.bad_documents='keep' is not one of skip, refuse"),
+    ({"data.workers": 0}, "data.workers=0 must be greater than 0"),
     ({"data.tokenizer": "byte"}, "data.tokenizer='byte' is not one of"),
     ({"data.tokenizer": "file"}, "data.tokenizer_file is empty"),
     ({"data.context": 0}, "data.context=0 must be greater than 0"),
@@ -167,6 +181,7 @@ RIGHT = [
     {"crossbatch.packing": 4, "crossbatch.variant": "segments"},
     {"crossbatch.variant": "released", "crossbatch.range": 7},
     {"crossbatch.variant": "none", "model.memory_layers": ()},
+    {"data.task": ("sympy", "files"), "data.files": ("a/*.txt",), "data.weights": (1.0, 2.0)},
     {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
 ]
 

@@ -1,5 +1,7 @@
 """Every config file is valid, and the full sizes have the paper's shapes and parameter counts."""
 
+import gzip
+import json
 import math
 import pathlib
 
@@ -8,6 +10,7 @@ import pytest
 
 from fot import cli
 from fot import config as config_lib
+from fot.data import tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -88,3 +91,38 @@ def test_parameters_of_full_sizes(name):
     assert sum(math.prod(shape) for shape in shapes.values()) == count
     assert sum(math.prod(shape) for path, shape in shapes.items() if path not in ("embedding", "head")) == count_inside
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(params))
+
+
+def test_mixture_has_the_papers_sources():
+    # FoT, section 5: name -> (sampling %, shortest document in tokens).
+    paper = {
+        "arxiv": (25, 0),
+        "python": (25, 4096),
+        "book": (10, 0),
+        "common_crawl": (29, 0),
+        "c4": (5, 1024),
+        "github": (2, 2048),
+        "stackexchange": (2, 1024),
+        "wikipedia": (2, 1024),
+    }
+    sources = load("longllama_mixture").data.sources
+    assert [(source.weight, source.min_document_tokens) for source in sources] == list(paper.values())
+    assert all(name in source.files for name, source in zip(paper, sources, strict=True))
+    assert sum(source.weight for source in sources) == 100
+    assert {source.field for source in sources} == {"text"}
+
+
+def test_mixture_reads_files_in_redpajamas_layout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("arxiv/a.jsonl", "book/book.jsonl", "common_crawl/2023-06/en.jsonl.gz", "c4/c4-train.jsonl"):
+        path = tmp_path / "redpajama" / name
+        path.parent.mkdir(parents=True)
+        lines = "".join(json.dumps({"text": f"{name} {i}", "meta": {"url": ""}}) + "\n" for i in range(100))
+        path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
+    for name in [f"{i}/{j}.py" for i in range(100) for j in range(2)]:
+        (tmp_path / "the_stack" / "python" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "the_stack" / "python" / name).write_text(name)
+    data = load("longllama_mixture").data
+    for source in data.sources[:5]:
+        documents = [each for split in tasks.SPLITS for each in tasks.documents(source, data, split)]
+        assert len({document.name for document in documents}) == 100

@@ -4,9 +4,10 @@ import inspect
 
 import numpy as np
 import pytest
+import tokenizers
 
 from fot.config import DataConfig, ExperimentConfig, ModelConfig
-from fot.data import tasks, tokenizer
+from fot.data import cache, tasks, tokenizer
 from fot.errors import DataError
 
 HARD_TEXTS = [
@@ -23,8 +24,8 @@ HARD_TEXTS = [
 
 
 def config(folder, vocab_size=320, **changes):
-    values = {"task": "files", "files": f"{folder}/*.txt", "held_out_fraction": 0.2, "min_document_tokens": 20}
-    data = DataConfig(**{**values, "cache_dir": f"{folder}/cache", **changes})
+    values = {"task": ("files",), "files": (f"{folder}/*.txt",), "min_document_tokens": (20,)}
+    data = DataConfig(**{**values, "held_out_fraction": 0.2, "cache_dir": f"{folder}/cache", **changes})
     return ExperimentConfig(model=ModelConfig(vocab_size=vocab_size), data=data)
 
 
@@ -40,9 +41,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=tokenizer.TOKENIZERS)
+def huggingface(post_processor=None, special_tokens=("<unk>", "<s>", "</s>")):
+    """Returns a small Hugging Face tokenizer, byte-level BPE, as GPT-2 and LLaMA 3 have it."""
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE())
+    encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(special_tokens), initial_alphabet=alphabet, show_progress=False
+    )
+    encoder.train_from_iterator([inspect.getsource(argparse)], trainer)
+    if post_processor is not None:
+        encoder.post_processor = post_processor
+    return encoder
+
+
+def template(single, *names):
+    numbered = [(name, i) for i, name in enumerate(("<unk>", "<s>", "</s>")) if name in names]
+    return tokenizers.processors.TemplateProcessing(single=single, special_tokens=numbered)
+
+
+@pytest.fixture(params=["bytes", "trained", "saved.model", "tokenizer.json"])
 def any_tokenizer(request, folder):
-    values = config(folder, tokenizer=request.param, tokenizer_file=f"{folder}/saved.model")
+    huggingface().save(f"{folder}/tokenizer.json")
+    kind = request.param if request.param in tokenizer.TOKENIZERS else "file"
+    values = config(folder, tokenizer=kind, tokenizer_file=f"{folder}/{request.param}")
     return tokenizer.load(values.data, values.model)
 
 
@@ -118,8 +141,9 @@ def test_trained_merges_text_indented_with_tabs(tmp_path):
 
 
 def test_vocabulary_above_the_model_names_both_fields(folder):
-    for kind in ("bytes", "file"):
-        values = config(folder, vocab_size=258, tokenizer=kind, tokenizer_file=f"{folder}/saved.model")
+    huggingface().save(f"{folder}/tokenizer.json")
+    for kind, file in (("bytes", ""), ("file", "saved.model"), ("file", "tokenizer.json")):
+        values = config(folder, vocab_size=258, tokenizer=kind, tokenizer_file=f"{folder}/{file}")
         message = error(tokenizer.load, values.data, values.model)
         assert "data.tokenizer" in message and "model.vocab_size" in message
 
@@ -129,8 +153,63 @@ def test_vocabulary_too_small_to_train(folder):
     assert "model.vocab_size=200" in error(tokenizer.load, values.data, values.model)
 
 
-@pytest.mark.parametrize("name", ["missing.model", "0.txt", "empty"])
+@pytest.mark.parametrize("name", ["missing.model", "0.txt", "empty", "missing.json", "empty.json", "other.json"])
 def test_file_that_is_no_tokenizer_is_named(folder, name):
     (folder / "empty").touch()
+    (folder / "empty.json").touch()
+    (folder / "other.json").write_text('{"version": "1.0"}')
     values = config(folder, tokenizer="file", tokenizer_file=f"{folder}/{name}")
     assert name in error(tokenizer.load, values.data, values.model)
+
+
+GPT2 = ("<|endoftext|>",)
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>")
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "special_tokens", "expected"),
+    [
+        (None, ("<unk>", "<s>", "</s>"), ("<s>", "</s>")),
+        (None, LLAMA3, LLAMA3),
+        (None, GPT2, ("<|endoftext|>", "<|endoftext|>")),
+        (None, ("</s>", "<bos>", "<eos>"), ("<bos>", "</s>")),
+        (template("</s> $A <s>", "<s>", "</s>"), ("<unk>", "<s>", "</s>"), ("</s>", "<s>")),
+        (template("<unk> $A", "<unk>"), ("<unk>", "<s>", "</s>"), ("<unk>", "</s>")),
+    ],
+)
+def test_huggingface_bos_and_eos(tmp_path, post_processor, special_tokens, expected):
+    encoder = huggingface(post_processor, special_tokens)
+    encoder.enable_truncation(4)
+    encoder.enable_padding(length=64)
+    encoder.save(f"{tmp_path}/tokenizer.json")
+    values = config(tmp_path, tokenizer="file", tokenizer_file=f"{tmp_path}/tokenizer.json")
+    loaded = tokenizer.load(values.data, values.model)
+    assert (loaded.bos, loaded.eos) == tuple(encoder.token_to_id(piece) for piece in expected)
+    text = inspect.getsource(argparse)[:1000] + "".join(special_tokens)
+    assert loaded.decode(loaded.encode(text)) == text
+
+
+@pytest.mark.parametrize(("special_tokens", "missing"), [(("<s>",), "eos"), (("</s>",), "bos"), ((), "eos")])
+def test_huggingface_without_bos_or_eos_is_an_error(tmp_path, special_tokens, missing):
+    huggingface(special_tokens=special_tokens).save(f"{tmp_path}/tokenizer.json")
+    values = config(tmp_path, tokenizer="file", tokenizer_file=f"{tmp_path}/tokenizer.json")
+    assert f"tokenizer.json has no {missing} token: add one of" in error(tokenizer.load, values.data, values.model)
+
+
+def test_trained_sees_documents_of_all_sources(tmp_path):
+    for folder, word in (("a", "wintertime"), ("b", "summertime")):
+        (tmp_path / folder).mkdir()
+        for i in range(10):
+            (tmp_path / folder / f"{i}.txt").write_text(f"{word} " * 50)
+    patterns = (f"{tmp_path}/a/*.txt", f"{tmp_path}/b/*.txt")
+    values = config(tmp_path, files=patterns, vocab_size=400)
+    trained = tokenizer.load(values.data, values.model)
+    assert all(len(trained.encode(f"{word} " * 8)) <= 16 for word in ("wintertime", "summertime"))
+
+
+def test_training_sample_keeps_the_smallest_hashes(folder, monkeypatch):
+    values = config(folder).data
+    every = sorted(tasks.documents(values.sources[0], values, "train"), key=lambda document: cache.key([document.name]))
+    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", sum(len(document.text.encode()) for document in every[:3]))
+    monkeypatch.setattr(tokenizer, "SAMPLED_BYTES", 10**9)
+    assert tokenizer._sample(values) == every[:3]

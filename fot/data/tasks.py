@@ -1,16 +1,17 @@
 """Tasks: where the documents of a run come from, and which of them are held out."""
 
-import glob
+import collections
+import functools
 import hashlib
 import logging
 import os
-import pathlib
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from fot.config import DataConfig, SourceConfig
-from fot.data import cache
+from fot.data import cache, download, files, joined, seqio_tasks
+from fot.data.files import Bad, Document, File
 from fot.errors import DataError
 
 SPLITS = ("train", "held_out")
@@ -20,48 +21,78 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
 
 _log = logging.getLogger(__name__)
 
-
-class Source(NamedTuple):
-    """A document that hasn't been read yet. `name` is the same on every host; `path` need not be."""
-
-    name: str
-    path: pathlib.Path
+Wanted = Callable[[str], bool]
 
 
-class Document(NamedTuple):
-    """A document's name and its text, every character and line ending as in the file."""
+class Task(NamedTuple):
+    """A kind of source.
 
-    name: str
-    text: str
-
-
-def python_stdlib(config: SourceConfig) -> list[Source]:
-    """Returns the modules of the running interpreter's standard library, its tests left out; names are relative."""
-    root = pathlib.Path(sysconfig.get_path("stdlib"))
-    sources = []
-    for parent, folders, files in os.walk(root):
-        folders[:] = [folder for folder in folders if folder not in STDLIB_SKIPPED_FOLDERS]
-        paths = [pathlib.Path(parent, file) for file in files if file.endswith(".py")]
-        sources += [Source(path.relative_to(root).as_posix(), path) for path in paths]
-    return sources
-
-
-def text_files(config: SourceConfig) -> list[Source]:
-    """Returns the files that the glob `files` matches (`**` crosses folders).
-
-    Names are relative to the part of the glob before its first wildcard, so they don't depend on where a host
-    keeps the files.
+    Attributes:
+      read: yields what it finds, always in the same order, of the documents whose names are wanted.
+      origin: gives what changes when the documents do, cheaply.
     """
-    pattern = os.path.expanduser(config.files)
-    fixed = pathlib.Path(pattern)
-    while glob.has_magic(str(fixed)):
-        fixed = fixed.parent
-    root = fixed if fixed.is_dir() else fixed.parent
-    paths = [pathlib.Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    return [Source(path.relative_to(root).as_posix(), path) for path in paths]
+
+    read: Callable[[SourceConfig, DataConfig, Wanted], Iterator[Document | Bad]]
+    origin: Callable[[SourceConfig, DataConfig], Iterable[str]]
 
 
-TASKS: dict[str, Callable[[SourceConfig], list[Source]]] = {"python_stdlib": python_stdlib, "files": text_files}
+def _of_files(
+    find: Callable[[SourceConfig, DataConfig], list[File]],
+    read: Callable[[list[File], str, Wanted], Iterator[Document | Bad]],
+    stamp: Callable[[File], str] = files.stamp,
+) -> Task:
+    """Returns the task that reads files; `stamp` tells a file's content from another's without reading it."""
+
+    def found(source: SourceConfig, config: DataConfig) -> list[File]:
+        matched = find(source, config)
+        if not matched:
+            where = f"data.files={source.files!r} matches no file" if source.files else "no files found"
+            raise DataError(f"data.task={source.task} has no documents: {where}")
+        return matched
+
+    return Task(
+        lambda source, config, wanted: read(found(source, config), source.field, wanted),
+        lambda source, config: map(stamp, found(source, config)),
+    )
+
+
+def _of_package(package: download.Package) -> Task:
+    """Returns the task that reads a package: its files are the same wherever and whenever it was unpacked."""
+    return _of_files(
+        lambda source, config: download.documents(package, config),
+        _one_by_one,
+        lambda file: f"{package.name}:{package.sha256}:{file.name}:{os.path.getsize(file.path)}",
+    )
+
+
+def _standard_library(source: SourceConfig, config: DataConfig) -> list[File]:
+    """Returns the modules of the running interpreter's standard library, its tests left out; names are relative."""
+    found = files.find(f"{sysconfig.get_path('stdlib')}/**/*.py")
+    return [file for file in found if not STDLIB_SKIPPED_FOLDERS.intersection(file.name.split("/")[:-1])]
+
+
+def _matched(source: SourceConfig, config: DataConfig) -> list[File]:
+    return files.find(source.files)
+
+
+def _one_by_one(found: list[File], field: str, wanted: Wanted) -> Iterator[Document | Bad]:
+    for file in found:
+        yield from files.read(file, field, wanted)
+
+
+TASKS = {
+    "python_stdlib": _of_files(_standard_library, _one_by_one),
+    "files": _of_files(_matched, _one_by_one),
+    "directories": _of_files(_matched, joined.directories),
+    "repositories": _of_files(_matched, joined.repositories),
+    "isabelle": _of_files(_matched, joined.isabelle),
+    "sympy": _of_package(download.SYMPY),
+    "books": _of_package(download.BOOKS),
+    "hol_light": _of_package(download.HOL_LIGHT),
+    "seqio": Task(seqio_tasks.read_registered, seqio_tasks.origin),
+    "c4": Task(seqio_tasks.read_c4, seqio_tasks.origin),
+    "pg19": Task(seqio_tasks.read_pg19, seqio_tasks.origin),
+}
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -71,40 +102,55 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def documents(source: SourceConfig, config: DataConfig, split: str) -> Iterator[Document]:
-    """Reads the documents of one split of a source, one by one, in the order of their names.
+    """Yields the documents of one split of a source, always in the same order; one is in memory at a time.
+
+    Documents that can't be read are left out with one warning at the end, under `data.bad_documents=skip`.
 
     Args:
       split: "train" or "held_out".
 
     Raises:
-      DataError: the source has no documents, or one can't be read.
+      DataError: the split is empty, or a document can't be read under `data.bad_documents=refuse`.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    sources = sorted(TASKS[source.task](source))
-    if not sources:
-        where = f"data.files={source.files!r} matches no file" if source.files else "no files found"
-        raise DataError(f"data.task={source.task} has no documents: {where}")
-    for each in sources:
-        if is_held_out(each.name, config.held_out_fraction) == (split == "held_out"):
-            text = _read(each.path)
-            if text is None:
-                _log.warning("%s is not UTF-8: left out", each.path)
-            else:
-                yield Document(each.name, text)
+
+    def wanted(name: str) -> bool:
+        return is_held_out(name, config.held_out_fraction) == (split == "held_out")
+
+    count, first, bad = 0, {}, collections.Counter()
+    for each in TASKS[source.task].read(source, config, wanted):
+        if isinstance(each, Document):
+            count += 1
+            yield each
+        elif config.bad_documents == "refuse":
+            raise DataError(f"{each.kind} {_where(each)}: {files.KINDS[each.kind]}, or set data.bad_documents=skip")
+        else:
+            bad[each.kind] += 1
+            first.setdefault(each.kind, each)
+    skipped = "; ".join(f"{number} × {kind}, first {_where(first[kind])}" for kind, number in bad.items())
+    if count == 0:
+        remedy = "raise" if split == "held_out" else "lower"
+        raise DataError(
+            f"data.task={source.task} has no document in the {split} split: {remedy} "
+            f"data.held_out_fraction={config.held_out_fraction} or add documents"
+            + (f" (left out: {skipped})" if skipped else "")
+        )
+    if skipped:
+        _warn(f"data.task={source.task}, {split} split: left out {skipped}")
 
 
 def fingerprint(source: SourceConfig, config: DataConfig) -> str:
-    """Returns what tells a source's documents from others without reading them all: names, sizes and times of files."""
-    files = [(each.name, each.path.stat()) for each in sorted(TASKS[source.task](source))]
-    return cache.key([source.task, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files)])
+    """Returns what tells a source's documents from others without reading them: names, sizes, times, settings."""
+    settings = (source.task, source.field, str(config.held_out_fraction))
+    return cache.key([*settings, *TASKS[source.task].origin(source, config)])
 
 
-def _read(path: pathlib.Path) -> str | None:
-    """Returns the text of a file, or None if it isn't UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    except OSError as error:
-        raise DataError(f"can't read {path} ({error.strerror}): make it readable or leave it out") from None
+@functools.cache
+def _warn(message: str) -> None:
+    """Logs a warning once: a source may be read for its tokenizer first and for its tokens then."""
+    _log.warning(message)
+
+
+def _where(bad: Bad) -> str:
+    return f"{bad.where} ({bad.reason})" if bad.reason else bad.where

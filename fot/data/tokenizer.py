@@ -1,12 +1,13 @@
-"""Tokenizers: bytes, a SentencePiece model trained on the task itself, or one from a file."""
+"""Tokenizers: bytes, a SentencePiece model trained on the run's own documents, or one from a file."""
 
 import hashlib
+import heapq
 import io
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from fot.errors import DataError
 
 BYTE_SPECIALS = 3  # unk (also padding), bos, eos: the ids LLaMA tokenizers give them
 TRAINING_BYTES = 32_000_000  # of text that SentencePiece is trained on: 12 MB take 3 s
+SAMPLED_BYTES = 10 * TRAINING_BYTES  # of text, divided among the sources, that this is drawn from
 
 # The newline is a piece of its own, runs of spaces are pieces: indentation costs one token, no text is changed.
 # Coverage below 1 leaves rare characters to the byte pieces, which saves a small vocabulary for merges: 0.995
@@ -39,6 +41,10 @@ TRAINING_SETTINGS = {
     "num_threads": 1,
     "minloglevel": 2,
 }
+
+# What the beginning and the end of a text are called where a tokenizer.json does not add them itself.
+BOS_PIECES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
+EOS_PIECES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space so; in a text it would come back as a space
 
@@ -96,33 +102,36 @@ def byte_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
 
 
 def file_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
-    """Returns the SentencePiece model in `tokenizer_file`; how exactly texts come back is for that model to say.
+    """Returns the tokenizer in `tokenizer_file`; how exactly texts come back is for that file to say.
 
     Raises:
-      DataError: the file can't be read, isn't a SentencePiece model, or has no bos or eos.
+      DataError: the file can't be read, is neither a SentencePiece model nor a Hugging Face tokenizer.json, or has no
+        bos or eos.
     """
     path = pathlib.Path(data.tokenizer_file).expanduser()
+    read = _huggingface if path.suffix == ".json" else _sentencepiece
     try:
-        return _sentencepiece(path.read_bytes(), f"data.tokenizer_file={path}")
+        return read(path.read_bytes(), f"data.tokenizer_file={path}")
     except OSError as error:
         raise DataError(f"can't read data.tokenizer_file={path} ({error.strerror}): name a readable file") from None
 
 
 def trained_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
-    """Returns a SentencePiece BPE of at most `model.vocab_size` pieces, trained on the task's training documents.
+    """Returns a SentencePiece BPE of at most `model.vocab_size` pieces, trained on training documents of all sources.
 
     Every text comes back exactly, byte pieces standing in for rare characters. It is trained once and then read
-    from the cache. Of a corpus above 32 MB a sample is used: the documents whose names have the smallest hashes.
+    from the cache. Of a corpus above 32 MB a sample is used: of the first 320 MB, in equal parts from the sources,
+    the documents whose names have the smallest hashes.
 
     Raises:
       DataError: `model.vocab_size` is too small for the byte pieces and the frequent characters.
     """
-    documents = [document for source in data.sources for document in tasks.documents(source, data, "train")]
     settings = {**TRAINING_SETTINGS, "vocab_size": model.vocab_size}
-    origin = [f"{settings} {TRAINING_BYTES}", *(part for document in documents for part in document)]
+    origin = [f"{settings} {TRAINING_BYTES} {SAMPLED_BYTES}"]
+    origin += [tasks.fingerprint(source, data) for source in data.sources]
     path = cache.folder(data) / f"tokenizer-{cache.key(origin)}.model"
     if not path.exists():
-        proto = _train([document.text for document in _sample(documents)], settings)
+        proto = _train([document.text for document in _sample(data)], settings)
         cache.write(path, lambda file: file.write(proto))
     return _sentencepiece(path.read_bytes(), str(path))
 
@@ -134,15 +143,22 @@ TOKENIZERS: dict[str, Callable[[DataConfig, ModelConfig], Tokenizer]] = {
 }
 
 
-def _sample(documents: list[tasks.Document]) -> list[tasks.Document]:
-    """Returns about `TRAINING_BYTES` of documents, an arbitrary but fixed choice."""
-    chosen, size = [], 0
-    for document in sorted(documents, key=lambda document: cache.key([document.name])):
-        chosen.append(document)
-        size += len(document.text.encode())
-        if size >= TRAINING_BYTES:
-            break
-    return chosen
+def _sample(data: DataConfig) -> list[tasks.Document]:
+    """Returns about `TRAINING_BYTES` of training documents, an arbitrary but fixed choice; holds no more at a time."""
+    chosen: list[tuple[int, str, tasks.Document, int]] = []  # a heap, the largest hash first
+    size = 0
+    for source in data.sources:
+        read = 0
+        for document in tasks.documents(source, data, "train"):
+            order = cache.key([document.name])
+            length = len(document.text.encode())
+            heapq.heappush(chosen, (-int(order, 16), document.name, document, length))
+            size, read = size + length, read + length
+            while size - chosen[0][-1] >= TRAINING_BYTES:
+                size -= heapq.heappop(chosen)[-1]
+            if read >= SAMPLED_BYTES / len(data.sources):
+                break
+    return [document for _, _, document, _ in sorted(chosen, reverse=True)]
 
 
 def _train(texts: list[str], settings: dict) -> bytes:
@@ -192,3 +208,48 @@ def _sentencepiece(proto: bytes, origin: str) -> Tokenizer:
 
     key = hashlib.sha256(proto).hexdigest()[:16]
     return Tokenizer(encode_batch, decode, size, processor.bos_id(), processor.eos_id(), key)
+
+
+def _huggingface(content: bytes, origin: str) -> Tokenizer:
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError(f"{origin} needs the package tokenizers: run 'pip install fot[huggingface]'") from None
+    try:
+        encoder = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises nothing more precise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{origin} is not a Hugging Face tokenizer.json ({reason}): replace it") from None
+    encoder.no_truncation()
+    encoder.no_padding()
+    bos, eos = _boundaries(encoder, origin)
+    encoder.encode_special_tokens = True  # in a text, "</s>" is four characters
+    size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(ids: Iterable[int]) -> str:
+        return encoder.decode([int(i) for i in ids if 0 <= i < size], skip_special_tokens=True)
+
+    return Tokenizer(encode_batch, decode, size, bos, eos, hashlib.sha256(content).hexdigest()[:16])
+
+
+def _boundaries(encoder: Any, origin: str) -> tuple[int, int]:
+    """Returns the ids of bos and eos: those that a Hugging Face tokenizer puts around a text, else by their names."""
+    around = encoder.encode("a")
+    inside = [i for i, special in enumerate(around.special_tokens_mask) if not special]
+    before = around.ids[: inside[0]] if inside else []
+    after = around.ids[inside[-1] + 1 :] if inside else []
+    named = {token.content: i for i, token in encoder.get_added_tokens_decoder().items()}
+    bos = before[:1] + [named[piece] for piece in BOS_PIECES if piece in named]
+    eos = after[-1:] + [named[piece] for piece in EOS_PIECES if piece in named]
+    if not eos:
+        names = ", ".join(EOS_PIECES)
+        raise DataError(f"{origin} has no eos token: add one of {names} to its added_tokens, or a post_processor")
+    # GPT-2 and its heirs separate texts by one token, <|endoftext|>.
+    if not bos and eos[0] != named.get("<|endoftext|>"):
+        names = ", ".join(BOS_PIECES)
+        raise DataError(f"{origin} has no bos token: add one of {names} to its added_tokens, or a post_processor")
+    return (bos or eos)[0], eos[0]
