@@ -220,3 +220,20 @@ def test_bad_gradients_skip_the_step_and_too_many_end_the_run(config, tmp_path):
     lines = read_metrics(tmp_path / "broken" / "metrics.jsonl")
     skipped = [line for line in lines if line["skipped_in_a_row"] > 0]
     assert skipped and len({line["parameter_norm"] for line in skipped if np.isfinite(line["parameter_norm"])}) <= 1
+
+
+def test_a_run_can_begin_with_the_parameters_of_another(config, tmp_path):
+    first = train.train(config, tmp_path / "first", print)
+    begun = replace(
+        config, train=dict(init_from=str(tmp_path / "first"), steps=1, seed=7), optimizer=dict(warmup_steps=2)
+    )
+    lines = []
+    second = train.train(begun, tmp_path / "second", lines.append)  # its only learning rate is 0
+    assert f"beginning with the parameters of step 4 in {tmp_path / 'first' / 'checkpoints'}" in lines
+    jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
+    assert int(second.step) == 1
+
+    with pytest.raises(CheckpointError, match="layers"):
+        train.train(replace(begun, model=dict(layers=3)), tmp_path / "third", print)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        train.train(replace(begun, train=dict(init_from=str(tmp_path / "none"))), tmp_path / "fourth", print)
