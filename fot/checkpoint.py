@@ -127,6 +127,11 @@ class Checkpointer:
         except Exception as error:
             self._fail(error)
 
+    def check(self) -> None:
+        """Raises what `wait` does if the save in progress has failed by now; doesn't wait."""
+        if self._manager is None or not self._manager.is_saving_in_progress():
+            self.wait()
+
     def close(self) -> None:
         """Waits for the save in progress and stops orbax's threads; raises what `wait` does, if it hasn't yet."""
         if self._failure is None:
@@ -184,6 +189,8 @@ class Checkpointer:
 def load_config(directory: str | pathlib.PurePath) -> ExperimentConfig:
     """Returns the config saved with the newest checkpoint.
 
+    A field that fot did not have yet when it was saved gets its default: that of a new field keeps what older runs did.
+
     Raises:
       CheckpointError: there is no checkpoint, or its config can't be read or is of another version of fot.
     """
@@ -191,9 +198,16 @@ def load_config(directory: str | pathlib.PurePath) -> ExperimentConfig:
     folder = _folder(_path(directory), None)
     values = _read(folder, config=ocp.args.JsonRestore()).config
     try:
-        return from_dict(values)
+        return from_dict(_filled(values, to_dict(ExperimentConfig())))
     except ConfigError as error:
         raise CheckpointError(f"the config in {folder} is of another version of fot: {error}") from error
+
+
+def _filled(values: Any, defaults: Any) -> Any:
+    """Returns `values` with the fields that only `defaults` has, in every group."""
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    return defaults | {name: _filled(value, defaults.get(name)) for name, value in values.items()}
 
 
 def check_config(saved: ExperimentConfig, current: ExperimentConfig) -> None:
