@@ -314,7 +314,7 @@ def test_fields_newer_than_the_checkpoint_have_their_defaults(tmp_path):
 
 def test_damaged_config_is_one_line(tmp_path):
     save(tmp_path, 1)
-    for text in ('{"model": {"dims": 3}}', '{"model": 3}', "[1]"):
+    for text in ('{"model": {"dims": 3}}', '{"model": 3}'):
         (tmp_path / "1" / "config" / "metadata").write_text(text)
         with pytest.raises(CheckpointError, match="another version of fot") as raised:
             load_config(tmp_path)
