@@ -6,9 +6,12 @@ an interrupted save leaves nothing that could be taken for a checkpoint.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -228,6 +231,14 @@ def _quieten() -> None:
     """orbax logs every step, and failures with tracebacks; from here failures come as one CheckpointError."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the other arrays of a failed save
+    if not isinstance(sys.unraisablehook, functools.partial) or sys.unraisablehook.func is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
+    """Reports as before, but for tensorstore's news of a failed save's other arrays to an event loop that has ended."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
 
 
 def _path(directory: str | pathlib.PurePath) -> epath.Path:
