@@ -5,6 +5,7 @@ into a temporary folder and renames it when every item is there, so a folder nam
 an interrupted save leaves nothing that could be taken for a checkpoint.
 """
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -42,6 +43,9 @@ CHANGEABLE = (
     "train.keep_every",
     "train.max_skipped",
 )
+
+# What a failed save raises: asyncio's own error comes from arrays whose writing was given up for another's failure.
+FAILURES = (Exception, asyncio.CancelledError)
 
 
 class Restored(NamedTuple):
@@ -111,7 +115,7 @@ class Checkpointer:
         try:
             self._manager = self._manager or _open(self._directory, self._config)
             self._manager.save(step, args=items, force=True)
-        except Exception as error:
+        except FAILURES as error:
             self._fail(error)
 
     def wait(self) -> None:
@@ -127,7 +131,7 @@ class Checkpointer:
             return
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
+        except FAILURES as error:
             self._fail(error)
 
     def check(self) -> None:
@@ -176,7 +180,7 @@ class Checkpointer:
         )
         return _read(folder, state=args).state["params"]
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Raises the CheckpointError of a failed save, now and at every later one."""
         self._failure = CheckpointError(
             f"the checkpoint of step {self._step} was not saved to {self._directory} ({_first_line(error)}): "
@@ -184,7 +188,7 @@ class Checkpointer:
         )
         manager, self._manager = self._manager, None
         if manager is not None:
-            with contextlib.suppress(Exception):  # the same failure, told by another thread
+            with contextlib.suppress(*FAILURES):  # the same failure, told by another thread
                 manager.close()
         raise self._failure from error
 

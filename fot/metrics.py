@@ -4,14 +4,15 @@ import contextlib
 import json
 import math
 import pathlib
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from fot import files
 from fot.errors import UserError
@@ -37,7 +38,7 @@ class MetricsWriter:
         self._path, self._resumed_at = pathlib.Path(workdir) / FILE, resumed_at
         files.sweep(self._path)
         self.resumed = _drop_after(self._path, resumed_at)
-        self._board: EventsWriter | None = None
+        self._board: RecordWriter | None = None
         with self._errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")
@@ -61,7 +62,7 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
             self._file.flush()
             board = self._board = self._board or self._open_board()
-            board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            board.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
             if time.monotonic() - self._flushed >= BOARD_SECONDS:
                 self._flush_board()
 
@@ -72,22 +73,27 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both files; raises what `write` does."""
-        with self._errors():
-            self._file.close()
+        with self._errors(), contextlib.ExitStack() as both:
+            both.callback(self._file.close)
             if self._board is not None:
-                self._board.close()
+                both.callback(self._board.close)
 
-    def _open_board(self) -> EventsWriter:
+    def _open_board(self) -> RecordWriter:
         """Opens an event file that hides the steps after `resumed_at` of earlier ones.
 
         Written here and not by a thread of tensorboardX, which would die of a full disk and leave its queue to block.
         """
         folder = self._path.parent / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # Names are by the second: without the suffix a quick resume would overwrite the old file.
-        board = EventsWriter(str(folder / "events"), f".{self._resumed_at}")
-        start = SessionLog(status=SessionLog.START)
-        board.write_event(Event(wall_time=time.time(), step=self._resumed_at + 1, session_log=start))
+        # The second alone would let a quick resume overwrite the old file.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{self._resumed_at}"
+        board = RecordWriter(str(folder / name))
+        first = self._resumed_at + 1
+        for event in (
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)),
+        ):
+            board.write(event.SerializeToString())
         self._flushed = time.monotonic()
         return board
 

@@ -33,7 +33,7 @@ def get_config():
     config.model.layers, config.model.memory_layers, config.model.attention_block = 2, (1,), 16
     config.model.dim, config.model.head_dim, config.model.mlp_dim = 32, 8, 64
     config.crossbatch.d, config.crossbatch.d_schedule = (1, 2), "random"
-    config.data.task, config.data.files, config.data.cache_dir = "files", {files!r}, {cache!r}
+    config.data.task, config.data.cache_dir = "files", {cache!r}
     config.data.tokenizer, config.data.context, config.data.min_document_tokens = "bytes", 16, 32
     config.data.held_out_fraction = 0.3
     config.train.steps, config.train.log_every = 60, 1
@@ -51,10 +51,14 @@ class Place(NamedTuple):
     folder: pathlib.Path
     environment: dict[str, str]
 
+    def flags(self, workdir: str) -> list[str]:
+        """Returns the flags of a run of these tests."""
+        files = f"--config.data.files={self.folder / 'documents' / '*.txt'}"
+        return [f"--config={self.folder / 'run.py'}", f"--workdir={self.folder / workdir}", files]
+
     def start(self, workdir: str, *flags: str) -> subprocess.Popen:
         """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`."""
-        command = [sys.executable, "-m", "fot.train", f"--config={self.folder / 'run.py'}"]
-        command += [f"--workdir={self.folder / workdir}", *flags]
+        command = [sys.executable, "-m", "fot.train", *self.flags(workdir), *flags]
         with open(self.folder / f"{workdir}.out", "w") as out, open(self.folder / f"{workdir}.err", "w") as err:
             return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=err)
 
@@ -88,8 +92,7 @@ def place(tmp_path_factory) -> Place:
     for number in range(12):
         words = draw.choices(["alpha ", "beta ", "gamma ", "delta\n"], k=draw.randint(20, 60))
         (folder / "documents" / f"{number}.txt").write_text("".join(words))
-    text = CONFIG.format(files=str(folder / "documents" / "*.txt"), cache=str(folder / "cache"), save_every=SAVE_EVERY)
-    (folder / "run.py").write_text(text)
+    (folder / "run.py").write_text(CONFIG.format(cache=str(folder / "cache"), save_every=SAVE_EVERY))
     cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     there = Place(folder, os.environ | cached | {"JAX_PLATFORMS": "cpu"})
     assert there.start("whole").wait() == 0, there.errors("whole")
@@ -177,7 +180,7 @@ def test_sigterm_saves_and_asks_for_another_try_and_ctrl_c_saves_nothing(place):
     process = place.start("ended", *rare)
     until(lambda: place.step("ended") >= 5, process)
     with pytest.raises(UserError, match=rf"ended is in use by process {process.pid} on host .*another workdir"):
-        config = cli.parse([f"--config={place.folder / 'run.py'}", "--workdir=x"], train.Flags, "").config
+        config = cli.parse(place.flags("ended"), train.Flags, "").config
         train.train(config, place.folder / "ended", print)
     process.terminate()
     process.terminate()
@@ -207,7 +210,7 @@ def test_a_full_disk_at_a_save_ends_the_run_in_one_line_and_keeps_the_checkpoint
     assert int(last_state(place.folder / "full").state.step) == max(left) >= SAVE_EVERY
 
 
-def test_a_workdir_in_use_can_be_evaluated(place, monkeypatch):
+def test_a_workdir_in_use_can_be_evaluated(place):
     flags = perplexity.Flags(workdir=str(place.folder / "whole"))
     before = place.saves("whole")
     with files.hold(place.folder / "whole"):
@@ -222,7 +225,7 @@ class _Stop(Exception):
 
 
 def test_a_run_interrupted_at_every_step_cannot_be_told_from_a_whole_one(place, tmp_path, monkeypatch):
-    flags = [f"--config={place.folder / 'run.py'}", "--workdir=x", "--config.train.steps=4"]
+    flags = [*place.flags("whole"), "--config.train.steps=4"]
     flags += ["--config.train.evaluate_every=2", "--config.train.checkpoint_every=2"]
     flags += ["--config.crossbatch.d=2", "--config.crossbatch.d_schedule=constant"]
     config = cli.parse(flags, train.Flags, "").config
