@@ -184,7 +184,7 @@ class Checkpointer:
         """Raises the CheckpointError of a failed save, now and at every later one."""
         self._failure = CheckpointError(
             f"the checkpoint of step {self._step} was not saved to {self._directory} ({_first_line(error)}): "
-            "check free space and permissions there"
+            "check free space and permissions there, then run the same command again"
         )
         manager, self._manager = self._manager, None
         if manager is not None:
