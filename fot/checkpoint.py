@@ -5,10 +5,14 @@ into a temporary folder and renames it when every item is there, so a folder nam
 an interrupted save leaves nothing that could be taken for a checkpoint.
 """
 
+import asyncio
 import contextlib
+import functools
 import json
 import logging
 import pathlib
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -39,6 +43,9 @@ CHANGEABLE = (
     "train.keep_every",
     "train.max_skipped",
 )
+
+# What a failed save raises: asyncio's own error comes from arrays whose writing was given up for another's failure.
+FAILURES = (Exception, asyncio.CancelledError)
 
 
 class Restored(NamedTuple):
@@ -108,7 +115,7 @@ class Checkpointer:
         try:
             self._manager = self._manager or _open(self._directory, self._config)
             self._manager.save(step, args=items, force=True)
-        except Exception as error:
+        except FAILURES as error:
             self._fail(error)
 
     def wait(self) -> None:
@@ -124,8 +131,13 @@ class Checkpointer:
             return
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
+        except FAILURES as error:
             self._fail(error)
+
+    def check(self) -> None:
+        """Raises what `wait` does if the save in progress has failed by now; doesn't wait."""
+        if self._manager is None or not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits for the save in progress and stops orbax's threads; raises what `wait` does, if it hasn't yet."""
@@ -168,21 +180,23 @@ class Checkpointer:
         )
         return _read(folder, state=args).state["params"]
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Raises the CheckpointError of a failed save, now and at every later one."""
         self._failure = CheckpointError(
             f"the checkpoint of step {self._step} was not saved to {self._directory} ({_first_line(error)}): "
-            "check free space and permissions there"
+            "check free space and permissions there, then run the same command again"
         )
         manager, self._manager = self._manager, None
         if manager is not None:
-            with contextlib.suppress(Exception):  # the same failure, told by another thread
+            with contextlib.suppress(*FAILURES):  # the same failure, told by another thread
                 manager.close()
         raise self._failure from error
 
 
 def load_config(directory: str | pathlib.PurePath) -> ExperimentConfig:
     """Returns the config saved with the newest checkpoint.
+
+    A field that fot did not have yet when it was saved gets its default: that of a new field keeps what older runs did.
 
     Raises:
       CheckpointError: there is no checkpoint, or its config can't be read or is of another version of fot.
@@ -191,9 +205,16 @@ def load_config(directory: str | pathlib.PurePath) -> ExperimentConfig:
     folder = _folder(_path(directory), None)
     values = _read(folder, config=ocp.args.JsonRestore()).config
     try:
-        return from_dict(values)
+        return from_dict(_filled(values, to_dict(ExperimentConfig())))
     except ConfigError as error:
         raise CheckpointError(f"the config in {folder} is of another version of fot: {error}") from error
+
+
+def _filled(values: Any, defaults: Any) -> Any:
+    """Returns `values` with the fields that only `defaults` has, in every group."""
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    return defaults | {name: _filled(value, defaults.get(name)) for name, value in values.items()}
 
 
 def check_config(saved: ExperimentConfig, current: ExperimentConfig) -> None:
@@ -214,6 +235,14 @@ def _quieten() -> None:
     """orbax logs every step, and failures with tracebacks; from here failures come as one CheckpointError."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the other arrays of a failed save
+    if not isinstance(sys.unraisablehook, functools.partial) or sys.unraisablehook.func is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
+    """Reports as before, but for tensorstore's news of a failed save's other arrays to an event loop that has ended."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
 
 
 def _path(directory: str | pathlib.PurePath) -> epath.Path:

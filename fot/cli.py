@@ -40,7 +40,7 @@ from fot import config as config_lib
 from fot.config import ExperimentConfig
 from fot.errors import ConfigError, UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, RETRY, INTERRUPTED = 2, 42, 130  # RETRY is that of `fot.termination`
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _HELP = ("-h", "--help")
 _WIDTH = 110

@@ -3,7 +3,8 @@
   python -m fot.demo --config=configs/demo.py --workdir=runs/demo
 
 Both models have the same size and see the same tokens; the plain one is trained without crossbatch. Both are evaluated
-on held-out documents with memories of growing length. The same command again goes on where it stopped.
+on held-out documents with memories of growing length. The same command again goes on where it stopped; exit codes are
+those of fot.train.
 """
 
 import dataclasses
@@ -11,11 +12,12 @@ import pathlib
 
 import jax
 
-from fot import cli, sharding, train
+from fot import cli, files, sharding, train
 from fot.config import ExperimentConfig, to_dict
 from fot.data import corpus
 from fot.evaluate import perplexity
 from fot.evaluate import perplexity_report as report
+from fot.termination import Termination
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,18 @@ def plain(config: ExperimentConfig) -> ExperimentConfig:
 def main(config: ExperimentConfig, command: Flags) -> None:
     """Trains both models, evaluates them side by side, prints the tables and says where everything is."""
     workdir = pathlib.Path(command.workdir)
+    with files.hold(workdir), Termination() as termination:
+        _compare(config, workdir, termination)
+
+
+def _compare(config: ExperimentConfig, workdir: pathlib.Path, termination: Termination) -> None:
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     documents = corpus.load(config, "held_out").corpus
     results = {}
     for label, each in (("Focused Transformer", config), ("plain transformer", plain(config))):
         run = workdir / label.split()[0].lower()
         _say(f"{label}: training in {run}")
-        state = train.train(each, run, _say)
+        state = train.train(each, run, _say, termination)
         _say(f"{label}: evaluating on {len(documents)} held-out documents")
         results[label] = perplexity.evaluate(state.params, each, documents, mesh, _say)
         about = {"workdir": str(run), "step": int(state.step), "split": "held_out", "config": to_dict(each)}

@@ -1,14 +1,19 @@
-"""Files and folders that are there whole or not at all, whenever a process is killed."""
+"""Files and folders that are there whole or not at all, whenever a process is killed, and folders held by one."""
 
 import contextlib
+import fcntl
+import glob
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from fot.errors import UserError
+
+LOCK = "run.lock"
 
 
 def write(path: pathlib.Path, fill: Callable[[BinaryIO], object], remedy: str) -> None:
@@ -24,7 +29,7 @@ def write(path: pathlib.Path, fill: Callable[[BinaryIO], object], remedy: str) -
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as file:
             try:
                 fill(file)
                 file.flush()
@@ -61,3 +66,43 @@ def new_folder(path: pathlib.Path, remedy: str) -> Iterator[pathlib.Path]:
             shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(f"can't write {path} ({error.strerror}): {remedy}") from None
+
+
+def sweep(path: pathlib.Path) -> None:
+    """Deletes what killed writes of the file `path` have left; nobody else may be writing it."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps every other `hold` of the folder out during the block; who only reads the folder needs none.
+
+    The kernel releases the lock when the process ends, however it ends; the file that stays holds nothing.
+
+    Raises:
+      UserError: another process holds the folder, or it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"can't write {folder / LOCK} ({error.strerror}): choose another workdir") from None
+    with file:
+        _lock(file, folder)
+        yield
+
+
+def _lock(file: TextIO, folder: pathlib.Path) -> None:
+    """Locks the open file and writes into it by whom."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        file.flush()
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {holder}: stop that one or choose another workdir") from None
+    except OSError as error:
+        raise UserError(f"can't lock {folder / LOCK} ({error.strerror}): choose another workdir") from None

@@ -1,39 +1,47 @@
 """Where numbers go during a run: `metrics.jsonl`, TensorBoard and a progress bar. For one process of a run."""
 
+import contextlib
 import json
 import math
 import pathlib
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-import tensorboardX
 import tqdm
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from fot import files
 from fot.errors import UserError
 
 FILE = "metrics.jsonl"
 LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
+BOARD_SECONDS = 30.0  # that TensorBoard may lag behind
+REMEDY = "free disk space or choose another workdir"
 
 
 class MetricsWriter:
     """Appends metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard`; a context manager.
 
-    A run that resumes at a step drops what it had written after it, so that each step is there once.
+    A run that resumes at a step drops what it had written after it. What is written of a step in several calls is one
+    line to `read_metrics`.
+
+    Attributes:
+      resumed: what is kept of the step resumed at, {} if nothing.
     """
 
     def __init__(self, workdir: str | pathlib.Path, resumed_at: int):
-        """Args: workdir: made if missing; resumed_at: steps that stay, 0 for a new run."""
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        _drop_after(workdir / FILE, resumed_at)
-        self._file = open(workdir / FILE, "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=resumed_at + 1,
-            filename_suffix=f".{resumed_at}",  # names are by the second: a quick resume would overwrite the old file
-        )
+        """Args: workdir: made if missing; resumed_at: steps that stay, 0 for a new run. Raises UserError."""
+        self._path, self._resumed_at = pathlib.Path(workdir) / FILE, resumed_at
+        files.sweep(self._path)
+        self.resumed = _drop_after(self._path, resumed_at)
+        self._board: RecordWriter | None = None
+        with self._errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -42,22 +50,68 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one line, at once; values are numbers or scalar arrays, non-finite ones become null."""
+        """Writes one line, at once; values are numbers or scalar arrays, non-finite ones become null.
+
+        Raises:
+          UserError: the workdir can't be written.
+        """
         values = {name: _plain(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        with self._errors():
+            self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+            self._file.flush()
+            board = self._board = self._board or self._open_board()
+            board.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+            if time.monotonic() - self._flushed >= BOARD_SECONDS:
+                self._flush_board()
+
+    def flush(self) -> None:
+        """Brings everything to disk; raises what `write` does."""
+        with self._errors():
+            self._flush_board()
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._file.close()
-        self._board.close()
+        """Flushes and closes both files; raises what `write` does."""
+        with self._errors(), contextlib.ExitStack() as both:
+            both.callback(self._file.close)
+            if self._board is not None:
+                both.callback(self._board.close)
+
+    def _open_board(self) -> RecordWriter:
+        """Opens an event file that hides the steps after `resumed_at` of earlier ones.
+
+        Written here and not by a thread of tensorboardX, which would die of a full disk and leave its queue to block.
+        """
+        folder = self._path.parent / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # The second alone would let a quick resume overwrite the old file.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{self._resumed_at}"
+        board = RecordWriter(str(folder / name))
+        first = self._resumed_at + 1
+        for event in (
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)),
+        ):
+            board.write(event.SerializeToString())
+        self._flushed = time.monotonic()
+        return board
+
+    def _flush_board(self) -> None:
+        if self._board is not None:
+            self._board.flush()
+            self._flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"can't write the metrics to {self._path.parent} ({error.strerror}): {REMEDY}") from None
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a `metrics.jsonl`, null as NaN; a last line cut off by a kill is left out.
+    """Returns a dict for each step in a `metrics.jsonl`, null as NaN; a last line cut off by a kill is left out.
 
     Raises:
       UserError: there is no such file, or a line in it is not a JSON object with a step.
@@ -67,7 +121,11 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: a run writes it to its workdir") from None
     whole = text[: text.rfind("\n") + 1]
-    return [_parse(path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+    steps: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        values = _parse(path, number, line)
+        steps.setdefault(values["step"], {}).update(values)
+    return list(steps.values())
 
 
 class Progress:
@@ -120,10 +178,11 @@ def _parse(path: str | pathlib.Path, number: int, line: str) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Rewrites the file without later steps and without a half line."""
+def _drop_after(path: pathlib.Path, step: int) -> dict[str, Any]:
+    """Rewrites the file without later steps and without a half line; returns what it has of that step itself."""
     if not path.exists():
-        return
+        return {}
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     lines = [json.dumps({k: None if v != v else v for k, v in line.items()}) + "\n" for line in kept]
-    files.write(path, lambda file: file.write("".join(lines).encode()), "choose another workdir")
+    files.write(path, lambda file: file.write("".join(lines).encode()), REMEDY)
+    return kept[-1] if kept and kept[-1]["step"] == step else {}

@@ -3,8 +3,11 @@
   python -m fot.train --config=configs/code_tiny.py --workdir=runs/tiny
   python -m fot.train --config=configs/code_small.py --workdir=runs/small --config.model.memory_layers=1,2
 
-The workdir receives checkpoints, metrics.jsonl and tensorboard/. A run that was interrupted goes on from its newest
-checkpoint, data position included.
+The workdir receives checkpoints, metrics.jsonl and tensorboard/. A run that was interrupted, killed even, goes on from
+its newest checkpoint, data position included, as if it had never stopped.
+
+Exit codes: 0 trained; 2 an error, told in one line; 42 ended by SIGTERM, all steps saved: run the same command again;
+130 ended by Ctrl-C, which saves nothing.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fot import checkpoint, cli, crossbatch, flops, model, objective, optimizer, sharding
+from fot import checkpoint, cli, crossbatch, files, flops, model, objective, optimizer, sharding
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, TrainConfig
 from fot.data import corpus, mixture, rows
@@ -28,6 +31,7 @@ from fot.data.loader import Loader, global_batch
 from fot.errors import CheckpointError, TrainingError
 from fot.metrics import MetricsWriter, Progress
 from fot.objective import Sums
+from fot.termination import Termination
 
 PREFETCH = 4  # batches that lie ready
 
@@ -53,7 +57,10 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Device scalars of one step: means over its target tokens, and norms over all parameters."""
+    """Device scalars of one step: means over its target tokens, and norms over all parameters.
+
+    Steps with the same `batch_checksum` (uint32) have read the same batch, on whatever mesh.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
@@ -63,6 +70,7 @@ class StepMetrics(NamedTuple):
     parameter_norm: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    batch_checksum: jax.Array
 
 
 def init_state(config: ExperimentConfig) -> TrainState:
@@ -125,8 +133,22 @@ def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int
         parameter_norm=optax.tree.norm(new.params),
         skipped=new.skipped,
         skipped_in_a_row=new.skipped_in_a_row,
+        batch_checksum=checksum(batch),
     )
     return new, metrics
+
+
+def checksum(batch: Batch) -> jax.Array:
+    """Returns a uint32 that changes with any value in the batch; its sums are exact, so their order is no matter."""
+    total = jnp.uint32(0)
+    for number, field in enumerate(jax.tree.leaves(batch)):
+        real = jnp.issubdtype(field.dtype, jnp.floating)
+        bits = jax.lax.bitcast_convert_type(field.astype(jnp.float32), jnp.uint32) if real else field.astype(jnp.uint32)
+        place = jnp.uint32(number)
+        for axis, size in enumerate(bits.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        total += jnp.sum((2 * place + 1) * (bits + 1) * jnp.uint32(0x9E3779B1), dtype=jnp.uint32)
+    return total
 
 
 def _gradients(params: model.Params, batch: Batch, config: ExperimentConfig, plan: objective.Plan) -> tuple[Any, Sums]:
@@ -191,6 +213,11 @@ class Run(NamedTuple):
         abstract = jax.eval_shape(lambda: init_state(self.config))
         return step.lower(abstract, Batch(whole, whole, half, whole, whole)).compile()
 
+    def evaluates(self, step: int) -> bool:
+        """Returns whether the held-out losses after that many steps belong into the metrics."""
+        train = self.config.train
+        return len(self.held_out) > 0 and step > 0 and (step % train.evaluate_every == 0 or step == train.steps)
+
     def held_out_losses(self, params: model.Params) -> dict[str, float]:
         """Returns the loss on held-out documents, without contexts and with those of the first d."""
         contexts = {"held_out/loss": 0}
@@ -203,23 +230,30 @@ class Run(NamedTuple):
         return losses
 
 
-def train(config: ExperimentConfig, workdir: pathlib.Path, log: Callable[[str], None]) -> TrainState:
+def train(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    log: Callable[[str], None],
+    termination: Termination | None = None,
+) -> TrainState:
     """Trains to `config.train.steps`, from the newest checkpoint in the workdir if there is one.
 
     Args:
       config: the run.
       workdir: receives checkpoints/, metrics.jsonl and tensorboard/.
       log: receives lines for the user.
+      termination: has SIGTERM save the steps that are not saved yet; None leaves signals as they are.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: data, checkpoint or config don't fit, or gradients stay non-finite.
+      UserError: data, checkpoint or config don't fit, the workdir is in use or can't be written, or gradients stay
+        non-finite.
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     sharding.check_mesh(mesh, config)
-    with checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
+    with files.hold(workdir), checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
         if checkpoints.latest() is not None:
             checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
         documents = corpus.load(config, "train").corpus
@@ -234,14 +268,12 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, log: Callable[[str], 
             restored = checkpoints.restore(None, abstract)
             state, position = restored.state, run.restore_position(restored.data_position)
             log(f"going on from the checkpoint of step {int(state.step)} in {workdir / 'checkpoints'}")
-        if int(state.step) >= config.train.steps:
-            return state
         with (
             MetricsWriter(workdir, int(state.step)) as writer,
             Progress(config.train.steps, int(state.step), sys.stderr) as progress,
             Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as loader,
         ):
-            return _loop(run, state, loader, checkpoints, writer, progress, log)
+            return _loop(run, state, loader, checkpoints, writer, progress, termination or Termination(), log)
 
 
 def _first_state(config: ExperimentConfig, abstract: TrainState, log: Callable[[str], None]) -> TrainState:
@@ -277,44 +309,75 @@ def _loop(
     checkpoints: checkpoint.Checkpointer,
     writer: MetricsWriter,
     progress: Progress,
+    termination: Termination,
     log: Callable[[str], None],
 ) -> TrainState:
-    config, train, step = run.config, run.config.train, int(state.step)
+    """Trains to the end. SIGTERM may find the main thread anywhere but in `deferred`, and saves the variables here."""
+    config, train, first = run.config, run.config.train, int(state.step)
+    step, position = first, None
     steps: dict[int, Callable] = {}
-    clock = _Clock()
-    for batch, position, data_wait in loader:
-        # Only this schedule depends on what the last step gave, and so has to wait for it.
-        phase = int(state.phase) if config.crossbatch.d_schedule == "accuracy" else 0
-        d = d_at(config.crossbatch, step, phase, train.seed)
-        if d not in steps:
-            jax.block_until_ready(state)
-            began = time.perf_counter()
-            steps[d] = run.compile_step(d)
-            log(f"step {step}: compiled the train step for d = {d} in {time.perf_counter() - began:.1f} s")
-            clock = _Clock()
-        state, metrics = steps[d](state, batch)
-        step += 1
-        clock.count(data_wait)
-        last = step == train.steps
-        line: dict[str, Any] = {}
-        if step % train.max_skipped == 0 or last:
-            _stop_if_lost(metrics, batch, step, checkpoints, train)
-        if step % train.log_every == 0 or last:
-            jax.block_until_ready(metrics)
-            line = _line(metrics, config, step, d) | clock.rates(config, d) | _tokens_read(position, config)
-            progress.update(step, line["loss"], line["tokens_per_second"])
-            clock = _Clock()
-        if run.held_out and (step % train.evaluate_every == 0 or last):
-            line |= run.held_out_losses(state.params)
-            clock = _Clock()
-        if line:
-            writer.write(step, line)
-        if step % train.checkpoint_every == 0 or last:
-            checkpoints.save(step, state, run.data_position(position), config)
-            clock = _Clock()
-        if last:
-            return state
-    raise AssertionError("a loader never ends by itself")
+
+    def save() -> None:
+        writer.flush()
+        checkpoints.save(step, state, run.data_position(position), config)
+
+    def rescue() -> str:
+        if step > first:
+            save()
+            checkpoints.wait()
+        writer.close()
+        return f"step {step} is saved; the same command goes on from it" if step else "no step was done yet"
+
+    def evaluate() -> None:
+        losses = run.held_out_losses(state.params)
+        with termination.deferred():
+            writer.write(step, losses)
+
+    with termination.rescue(rescue):
+        # A run that was ended between a save and the losses that belong to its step owes them.
+        if run.evaluates(first) and "held_out/loss" not in writer.resumed:
+            evaluate()
+        clock = _Clock()
+        while step < train.steps:
+            batch, after, data_wait = next(loader)
+            # Only this schedule depends on what the last step gave, and so has to wait for it.
+            phase = int(state.phase) if config.crossbatch.d_schedule == "accuracy" else 0
+            d = d_at(config.crossbatch, step, phase, train.seed)
+            if d not in steps:
+                jax.block_until_ready(state)
+                steps[d] = _compile(run, d, step, log)
+                clock = _Clock()
+            with termination.deferred():
+                checkpoints.check()
+                state, metrics = steps[d](state, batch)
+                step, position = step + 1, after
+                clock.count(data_wait)
+                last = step == train.steps
+                if step % train.max_skipped == 0 or last:
+                    _stop_if_lost(metrics, batch, step, checkpoints, train)
+                if step % train.log_every == 0 or last:
+                    jax.block_until_ready(metrics)
+                    line = _line(metrics, config, step, d) | clock.rates(config, d) | _tokens_read(position, config)
+                    progress.update(step, line["loss"], line["tokens_per_second"])
+                    writer.write(step, line)
+                    clock = _Clock()
+                if step % train.checkpoint_every == 0 or last:
+                    save()
+                    clock = _Clock()
+            if run.evaluates(step):
+                evaluate()
+                clock = _Clock()
+        with termination.deferred():
+            checkpoints.wait()
+    return state
+
+
+def _compile(run: Run, d: int, step: int, log: Callable[[str], None]) -> Callable:
+    """Compiles the train step of one d and says how long it took."""
+    began = time.perf_counter()
+    compiled = run.compile_step(d)
+    log(f"step {step}: compiled the train step for d = {d} in {time.perf_counter() - began:.1f} s")
+    return compiled
 
 
 class _Clock:
@@ -395,7 +458,8 @@ class Flags:
 def main(config: ExperimentConfig, command: Flags) -> None:
     """Runs the command line."""
     workdir = pathlib.Path(command.workdir)
-    state = train(config, workdir, lambda line: print(line, flush=True))
+    with Termination() as termination:
+        state = train(config, workdir, lambda line: print(line, flush=True), termination)
     print(f"trained {int(state.step)} steps ({int(state.skipped)} skipped); checkpoint in {workdir / 'checkpoints'}")
 
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import resource
 import shutil
+import threading
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -182,6 +185,26 @@ def test_failed_save_raises_at_the_next_save(tmp_path, monkeypatch):
     checkpointer.close()
 
 
+def test_check_raises_once_the_save_has_failed_and_does_not_wait(tmp_path, monkeypatch):
+    go = threading.Event()
+
+    async def fail(*_):
+        go.wait(30)
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", fail)
+    checkpointer = Checkpointer(tmp_path, KEEP)
+    checkpointer.check()
+    checkpointer.save(2, make_state(2), POSITION, CONFIG)
+    checkpointer.check()
+    go.set()
+    with pytest.raises(CheckpointError, match="step 2 was not saved"):
+        for _ in range(1000):
+            checkpointer.check()
+            time.sleep(0.01)
+    checkpointer.close()
+
+
 def test_failed_save_raises_at_close_but_does_not_hide_another_error(tmp_path, monkeypatch):
     break_disk(monkeypatch)
     with pytest.raises(CheckpointError, match="step 2"), Checkpointer(tmp_path / "a", KEEP) as checkpointer:
@@ -278,11 +301,24 @@ def test_damaged_checkpoint_is_one_line(tmp_path, item, damage):
     assert "\n" not in str(raised.value)
 
 
+def test_fields_newer_than_the_checkpoint_have_their_defaults(tmp_path):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dim=64))
+    with Checkpointer(tmp_path, KEEP) as checkpointer:
+        checkpointer.save(1, make_state(1), POSITION, config)
+    path = tmp_path / "1" / "config" / "metadata"
+    values = json.loads(path.read_text())
+    del values["model"]["loss_block"], values["evaluate"]
+    path.write_text(json.dumps(values))
+    assert load_config(tmp_path) == config
+
+
 def test_damaged_config_is_one_line(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "1" / "config" / "metadata").write_text('{"model": {}}')
-    with pytest.raises(CheckpointError, match="another version of fot"):
-        load_config(tmp_path)
+    for text in ('{"model": {"dims": 3}}', '{"model": 3}'):
+        (tmp_path / "1" / "config" / "metadata").write_text(text)
+        with pytest.raises(CheckpointError, match="another version of fot") as raised:
+            load_config(tmp_path)
+        assert "\n" not in str(raised.value)
     empty(tmp_path / "1" / "config" / "metadata")
     with pytest.raises(CheckpointError, match="is damaged"):
         load_config(tmp_path)

@@ -13,7 +13,7 @@ FLOORS = (
     ("errors",),
     ("config", "files"),
     ("cli",),
-    ("sharding", "attention", "batch", "flops", "metrics"),
+    ("sharding", "attention", "batch", "flops", "metrics", "termination"),
     ("memory", "crossbatch", "kernels"),
     ("model",),
     ("objective", "optimizer", "data", "checkpoint", "generate"),

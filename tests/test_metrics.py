@@ -3,10 +3,13 @@
 import io
 import json
 import math
+import resource
+import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from fot import metrics
 from fot.errors import UserError
@@ -81,9 +84,68 @@ def test_damaged_line_is_named(tmp_path, bad):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
+def test_what_is_written_of_a_step_in_two_calls_is_one_line_and_a_resume_knows_it(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        assert writer.resumed == {}
+        writer.write(1, {"loss": 1.0})
+        writer.write(1, {"held_out/loss": 2.0})
+        writer.write(2, {"loss": 3.0})
+    assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"step": 1, "loss": 1.0, "held_out/loss": 2.0}
+    with MetricsWriter(tmp_path, 1) as writer:
+        assert writer.resumed == {"step": 1, "loss": 1.0, "held_out/loss": 2.0}
+
+
+def test_tensorboard_reads_every_step_and_the_one_resumed_at(tmp_path):
+    write_steps(tmp_path, [1, 2, 3], 0)
+    write_steps(tmp_path, [2], 1)
+    first, second = (list(TFRecords(path)) for path in sorted((tmp_path / "tensorboard").iterdir(), key=board_of))
+    assert [event.step for event in first if event.HasField("summary")] == [1, 2, 3]
+    assert [event.step for event in second if event.HasField("session_log")] == [2]
+    (value,) = second[-1].summary.value
+    assert (value.tag, value.simple_value) == ("loss", 0.5)
+
+
+def test_leftovers_of_a_killed_resume_are_swept_out(tmp_path):
+    (tmp_path / "metrics.jsonl.abc.tmp").write_text("")
+    write_steps(tmp_path, [1], 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path, 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="can't write the metrics to .*free disk space") as error, writer:
+            for step in range(1000):
+                writer.write(step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) < 1000
+
+
 def test_missing_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def board_of(path) -> str:
+    """The step that a file of TensorBoard was resumed at, the end of its name."""
+    return path.name.rsplit(".", 1)[1]
+
+
+class TFRecords:
+    """Reads the events of a file of TensorBoard: length, its checksum, the event, its checksum."""
+
+    def __init__(self, path):
+        self._data = path.read_bytes()
+
+    def __iter__(self):
+        while self._data:
+            (length,) = struct.unpack("Q", self._data[:8])
+            yield Event.FromString(self._data[12 : 12 + length])
+            self._data = self._data[16 + length :]
 
 
 class Terminal(io.StringIO):

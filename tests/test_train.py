@@ -119,6 +119,22 @@ def test_accumulation_changes_nothing_but_rounding(tiny_config):
     np.testing.assert_allclose(parts.gradient_norm, whole.gradient_norm, rtol=1e-5)
 
 
+def test_the_checksum_of_a_batch_changes_with_every_value_and_every_swap_but_not_with_the_mesh():
+    random = np.random.default_rng(0)
+    tokens, targets, documents, positions = random.integers(0, 9, (4, 8, 6), dtype=np.int32)
+    batch = Batch(tokens, targets, np.ones((8, 6), np.float32), documents, positions)
+    checksum = jax.jit(train.checksum)
+    there = sharding.batch_sharding(sharding.make_mesh(MeshConfig(), jax.devices()))
+    assert checksum(jax.device_put(batch, there)) == checksum(batch)
+    swapped = batch._replace(tokens=tokens[[1, 0, *range(2, 8)]])
+    moved = batch._replace(tokens=targets, targets=tokens)
+    changed = [
+        f._replace(**{n: v + (np.arange(48).reshape(8, 6) == 7)}) for f in [batch] for n, v in f._asdict().items()
+    ]
+    changed = [jax.tree.map(lambda x, y: x.astype(y.dtype), each, batch) for each in changed]
+    assert len({int(checksum(each)) for each in (batch, swapped, moved, *changed)}) == 3 + len(changed)
+
+
 @pytest.mark.parametrize(("field", "mesh"), [("mesh.data=3", dict(data=3)), ("heads=4", dict(fsdp=1, tensor=8))])
 def test_a_mesh_that_does_not_fit_is_one_line(tiny_config, field, mesh):
     with pytest.raises(ConfigError, match=field) as error:

@@ -1,0 +1,99 @@
+"""SIGTERM, the warning that a machine is about to be taken away: save what is unsaved, then exit with code 42."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+from fot import cli
+
+
+@final
+class Termination:
+    """Ends the process with code 42 ("retry me") when SIGTERM comes; a context manager, for the main thread.
+
+    Python runs signal handlers in the main thread and only between its bytecodes, which a compilation can keep from
+    happening for longer than a scheduler waits. So a thread acts: at once, unless the main thread is inside `deferred`,
+    then when it leaves that. A further SIGTERM changes nothing. Never entered, it only keeps `rescue` and `deferred`
+    working, as in a notebook.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._requested = threading.Event()
+        self._save: Callable[[], str] = _nothing
+
+    def __enter__(self) -> "Termination":
+        self._received, self._sent = socket.socketpair()
+        self._sent.setblocking(False)
+        # The interpreter writes to the wakeup fd at once, wherever the main thread is; the handler does it again for
+        # the moments when an event loop has put its own fd there.
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: self._send(bytes([signal.SIGTERM])))
+        signal.siginterrupt(signal.SIGTERM, False)  # a write under way goes on
+        self._wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="fot-termination", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self.deferred():
+            signal.set_wakeup_fd(self._wakeup)
+            signal.signal(signal.SIGTERM, self._handler)
+            self._sent.close()
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Puts SIGTERM off during the block: for what changes the state that a rescue saves."""
+        if self._requested.is_set():
+            threading.Event().wait()  # the process is about to end
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def rescue(self, save: Callable[[], str]) -> Iterator[None]:
+        """Has SIGTERM call `save` during the block, and not at once exit.
+
+        Args:
+          save: called in another thread, while the main thread is anywhere in the block but not inside `deferred`;
+            returns the line to print. A `UserError` of it makes the exit code 2.
+        """
+        with self.deferred():
+            self._save = save
+        try:
+            yield
+        finally:
+            with self.deferred():
+                self._save = _nothing
+
+    def _send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # full, so there is news enough
+            self._sent.send(data)
+
+    def _watch(self) -> None:
+        with self._received:
+            while signal.SIGTERM not in (numbers := self._received.recv(64)):
+                if not numbers:
+                    return
+        self._requested.set()
+        with self._lock:
+            code = 1
+            try:
+                code = cli.exit_code(self._report) or cli.RETRY
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # the main thread may be compiling yet
+
+    def _report(self) -> None:
+        line = self._save()
+        with contextlib.suppress(OSError):  # whoever read it may have been terminated too
+            print(f"terminated: {line}", file=sys.stderr)
+            sys.stdout.flush()
+
+
+def _nothing() -> str:
+    return "there was nothing to save; the same command starts again"

@@ -1,0 +1,250 @@
+"""A run that is killed, terminated, interrupted or out of disk goes on, and nobody can tell it from a whole one."""
+
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from fot import checkpoint, cli, files, metrics, train
+from fot.errors import UserError
+from fot.evaluate import perplexity
+
+ROOT = pathlib.Path(__file__).parent.parent
+SAVE_EVERY = 3
+CLOCKED = {"tokens_per_second", "model_flops_per_second", "data_wait"}
+
+CONFIG = """
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.layers, config.model.memory_layers, config.model.attention_block = 2, (1,), 16
+    config.model.dim, config.model.head_dim, config.model.mlp_dim = 32, 8, 64
+    config.crossbatch.d, config.crossbatch.d_schedule = (1, 2), "random"
+    config.data.task, config.data.cache_dir = "files", {cache!r}
+    config.data.tokenizer, config.data.context, config.data.min_document_tokens = "bytes", 16, 32
+    config.data.held_out_fraction = 0.3
+    config.train.steps, config.train.log_every = 60, 1
+    config.train.evaluate_every, config.train.evaluate_batches = 4, 1
+    config.train.checkpoint_every = config.train.keep_every = {save_every}
+    config.evaluate.memory, config.evaluate.readers, config.evaluate.modes = (0, 16), ("dense",), ("single_doc",)
+    config.evaluate.max_documents, config.evaluate.max_tokens, config.evaluate.block = 2, 64, 16
+    return config
+"""
+
+
+class Place(NamedTuple):
+    """Where the processes of these tests find what they share."""
+
+    folder: pathlib.Path
+    environment: dict[str, str]
+
+    def flags(self, workdir: str) -> list[str]:
+        """Returns the flags of a run of these tests."""
+        files = f"--config.data.files={self.folder / 'documents' / '*.txt'}"
+        return [f"--config={self.folder / 'run.py'}", f"--workdir={self.folder / workdir}", files]
+
+    def start(self, workdir: str, *flags: str) -> subprocess.Popen:
+        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`."""
+        command = [sys.executable, "-m", "fot.train", *self.flags(workdir), *flags]
+        with open(self.folder / f"{workdir}.out", "w") as out, open(self.folder / f"{workdir}.err", "w") as err:
+            return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=err)
+
+    def errors(self, workdir: str) -> list[str]:
+        """Returns the lines on stderr that are not progress."""
+        lines = (self.folder / f"{workdir}.err").read_text().splitlines()
+        return [line for line in lines if not line.startswith("step ")]
+
+    def metrics(self, workdir: str) -> list[dict[str, Any]]:
+        """Returns what metrics.jsonl says of each step, but for what a clock says."""
+        lines = metrics.read_metrics(self.folder / workdir / metrics.FILE)
+        return [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
+
+    def step(self, workdir: str) -> int:
+        """Returns the last step in metrics.jsonl, 0 if there is none yet."""
+        path = self.folder / workdir / metrics.FILE
+        return max([line["step"] for line in metrics.read_metrics(path)], default=0) if path.exists() else 0
+
+    def saves(self, workdir: str) -> list[str]:
+        """Returns the names of the folders of checkpoints, complete or not."""
+        folder = self.folder / workdir / "checkpoints"
+        return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    """Twelve documents, a config, and a run "whole" that nothing interrupts; what it compiled is cached for others."""
+    folder = tmp_path_factory.mktemp("lossless")
+    (folder / "documents").mkdir()
+    draw = random.Random(0)
+    for number in range(12):
+        words = draw.choices(["alpha ", "beta ", "gamma ", "delta\n"], k=draw.randint(20, 60))
+        (folder / "documents" / f"{number}.txt").write_text("".join(words))
+    (folder / "run.py").write_text(CONFIG.format(cache=str(folder / "cache"), save_every=SAVE_EVERY))
+    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    there = Place(folder, os.environ | cached | {"JAX_PLATFORMS": "cpu"})
+    assert there.start("whole").wait() == 0, there.errors("whole")
+    return there
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Waits for the condition, looking once a millisecond; fails if the process ends before."""
+    while not condition():
+        assert process.poll() is None, "the process ended too early"
+        time.sleep(0.001)
+
+
+def last_state(workdir: pathlib.Path) -> checkpoint.Restored:
+    config = checkpoint.load_config(workdir / "checkpoints")
+    device = SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: train.init_state(config))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return checkpoint.Checkpointer(workdir / "checkpoints", config.train).restore(None, abstract)
+
+
+def assert_nobody_can_tell(place: Place, workdir: str) -> None:
+    """Every loss, norm, d and batch, parameters, optimizer and data position, and the names of what is on disk."""
+    assert place.metrics(workdir) == place.metrics("whole")
+    assert place.saves(workdir) == place.saves("whole")
+    assert set(os.listdir(place.folder / workdir)) == set(os.listdir(place.folder / "whole"))
+    here, there = last_state(place.folder / workdir), last_state(place.folder / "whole")
+    assert here.data_position == there.data_position
+    assert jax.tree.structure(here.state) == jax.tree.structure(there.state)
+    for left, right in zip(jax.tree.leaves(here.state), jax.tree.leaves(there.state), strict=True):
+        assert left.dtype == right.dtype and np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+def kill_again_and_again(place: Place, workdir: str, in_run: int, in_save: int, seed: int) -> None:
+    """Kills the run at seeded moments, `in_run` anywhere and `in_save` inside a save, and lets it end then.
+
+    The moments are steps of the run and a delay after them: the first lies before the first step.
+    """
+    draw = random.Random(seed)
+    kinds = draw.sample(["run"] * in_run + ["save"] * in_save, in_run + in_save)
+    steps = sorted(draw.sample(range(60 - 3 * SAVE_EVERY), len(kinds)))
+    halves = 0
+    for kind, step in zip(kinds, steps, strict=True):
+        process, before = place.start(workdir), place.saves(workdir)
+        if kind == "run":
+            until(lambda step=step: place.step(workdir) >= step, process)
+            time.sleep(draw.uniform(0, 0.1))
+        else:
+
+            def saving(step=step, before=before) -> bool:
+                new = set(place.saves(workdir)) - set(before)
+                return any("tmp" in name and int(name.split(".")[0]) > step for name in new)
+
+            until(saving, process)
+            time.sleep(draw.choice([0, draw.uniform(0, 0.05)]))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        halves += kind == "save" and any("tmp" in name for name in place.saves(workdir))
+    assert halves > 0, "no kill hit a save"
+    process = place.start(workdir)
+    assert process.wait() == 0, place.errors(workdir)
+
+
+def test_a_killed_run_cannot_be_told_from_a_whole_one(place):
+    kill_again_and_again(place, "killed", in_run=2, in_save=2, seed=0)
+    assert_nobody_can_tell(place, "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_a_run_killed_twenty_times_cannot_be_told_from_a_whole_one(place, seed):
+    kill_again_and_again(place, f"killed-{seed}", in_run=10, in_save=10, seed=seed)
+    assert_nobody_can_tell(place, f"killed-{seed}")
+
+
+def test_sigterm_saves_and_asks_for_another_try_and_ctrl_c_saves_nothing(place):
+    rare = ["--config.train.checkpoint_every=1000", "--config.train.keep_every=0"]
+    out = place.folder / "ended.out"
+    process = place.start("ended", *rare)
+    until(lambda: "training documents" in out.read_text(), process)
+    process.terminate()  # while it compiles: nothing to save
+    assert process.wait() == cli.RETRY and place.saves("ended") == []
+    assert [line.split(":")[0] for line in place.errors("ended")] == ["terminated"]
+
+    process = place.start("ended", *rare)
+    until(lambda: place.step("ended") >= 5, process)
+    with pytest.raises(UserError, match=rf"ended is in use by process {process.pid} on host .*another workdir"):
+        config = cli.parse(place.flags("ended"), train.Flags, "").config
+        train.train(config, place.folder / "ended", print)
+    process.terminate()
+    process.terminate()
+    until(lambda: any("tmp" in name for name in place.saves("ended")) or process.poll() is not None, process)
+    process.terminate()
+    assert process.wait() == cli.RETRY, place.errors("ended")
+    (saved,) = map(int, place.saves("ended"))
+    assert saved >= 5 and place.metrics("ended")[-1]["step"] == saved
+
+    process = place.start("ended", *rare)
+    until(lambda: place.step("ended") >= saved + 5, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == cli.INTERRUPTED and place.errors("ended") == ["interrupted"]
+    assert place.saves("ended") == [str(saved)]
+    assert place.metrics("ended") == place.metrics("whole")[: len(place.metrics("ended"))]
+
+
+def test_a_full_disk_at_a_save_ends_the_run_in_one_line_and_keeps_the_checkpoint_before(place):
+    process = place.start("full", "--config.train.log_every=1000", "--config.train.evaluate_every=0")
+    until(lambda: str(SAVE_EVERY) in place.saves("full"), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    assert process.wait() == cli.USER_ERROR, place.errors("full")
+    (line,) = place.errors("full")
+    assert line.startswith("error: the checkpoint of step") and str(place.folder / "full") in line
+    assert "free space" in line
+    left = [int(name) for name in place.saves("full") if name.isdigit()]
+    assert int(last_state(place.folder / "full").state.step) == max(left) >= SAVE_EVERY
+
+
+def test_a_workdir_in_use_can_be_evaluated(place):
+    flags = perplexity.Flags(workdir=str(place.folder / "whole"))
+    before = place.saves("whole")
+    with files.hold(place.folder / "whole"):
+        perplexity.main(perplexity.load(flags), flags)
+    assert (place.folder / "whole" / "perplexity.json").exists() and place.saves("whole") == before
+    for name in ("perplexity.json", "perplexity.png"):
+        (place.folder / "whole" / name).unlink()
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_run_interrupted_at_every_step_cannot_be_told_from_a_whole_one(place, tmp_path, monkeypatch):
+    flags = [*place.flags("whole"), "--config.train.steps=4"]
+    flags += ["--config.train.evaluate_every=2", "--config.train.checkpoint_every=2"]
+    flags += ["--config.crossbatch.d=2", "--config.crossbatch.d_schedule=constant"]
+    config = cli.parse(flags, train.Flags, "").config
+    whole = train.train(config, tmp_path / "whole", lambda line: None)
+    write, stop_before = train.MetricsWriter.write, [0, ""]
+
+    def stop(self, step, values):
+        if step == stop_before[0] and stop_before[1] in values:
+            raise _Stop
+        write(self, step, values)
+
+    monkeypatch.setattr(train.MetricsWriter, "write", stop)
+    # At even steps there is a checkpoint when the losses that belong to it are not there yet: the next start owes them.
+    for stop_before[:] in [(1, "loss"), (2, "held_out/loss"), (3, "loss"), (4, "held_out/loss")]:
+        with pytest.raises(_Stop):
+            train.train(config, tmp_path / "stopped", lambda line: None)
+    stop_before[:] = 0, ""
+    stopped = train.train(config, tmp_path / "stopped", lambda line: None)
+    jax.tree.map(np.testing.assert_array_equal, stopped, whole)
+    lines = [metrics.read_metrics(tmp_path / name / metrics.FILE) for name in ("stopped", "whole")]
+    left, right = ([{k: v for k, v in line.items() if k not in CLOCKED} for line in each] for each in lines)
+    assert left == right and len(left) == 4 and "held_out/loss" in left[-1]
