@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from fot import attention, config, crossbatch, sharding, train
+from fot import attention, config, crossbatch, sharding, train_step
 from fot.attention import Partial, Tokens
 from fot.batch import Batch
 from fot.crossbatch import Table
@@ -103,23 +103,15 @@ class Trainer:
                 data=config.DataConfig(context=size.context, batch_size=size.rows),
             )
             mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-            initial = functools.partial(train.init_state, experiment)
-            shardings = sharding.shardings(jax.eval_shape(initial), mesh)
-            run = train.Run(
-                config=experiment,
-                mesh=mesh,
-                state_shardings=shardings,
-                corpus_key="",
-                held_out=[],
-                held_out_step=train.held_out_sums,
-            )
             if self._state is None:
+                initial = functools.partial(train_step.init_state, experiment)
+                shardings = sharding.shardings(jax.eval_shape(initial), mesh)
                 self._state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
                 self._batch = jax.device_put(random_batch(size), sharding.batch_sharding(mesh))
             began = time.perf_counter()
-            self.compiled[count] = run.compile_step(1)
+            self.compiled[count] = train_step.compile_step(experiment, mesh, 1)
             self.compile_seconds[count] = time.perf_counter() - began
-            self.flops[count] = train.step_flops(experiment, 1)
+            self.flops[count] = train_step.step_flops(experiment, 1)
 
     def step(self, contexts: int) -> None:
         """Makes one train step and waits for it."""

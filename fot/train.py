@@ -11,6 +11,7 @@ Exit codes: 0 trained; 2 an error, told in one line; 42 ended by SIGTERM, all st
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -18,170 +19,27 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from fot import checkpoint, cli, crossbatch, files, flops, model, objective, optimizer, sharding
+from fot import checkpoint, cli, files, model, optimizer, sharding, train_step
 from fot.batch import Batch
-from fot.config import CrossbatchConfig, ExperimentConfig, TrainConfig
+from fot.config import ExperimentConfig, TrainConfig
 from fot.data import corpus, mixture, rows
 from fot.data.loader import Loader, global_batch
 from fot.errors import CheckpointError, TrainingError
 from fot.metrics import MetricsWriter, Progress
-from fot.objective import Sums
 from fot.termination import Termination
+from fot.train_step import StepMetrics, TrainState
 
 PREFETCH = 4  # batches that lie ready
 
 
-class TrainState(NamedTuple):
-    """All that a step changes; saved whole.
-
-    Attributes:
-      step: int32, optimizer steps done, skipped ones included.
-      params: float32 parameters.
-      optimizer: optax state.
-      phase: int32, which phase of `crossbatch.d` the training accuracy has reached.
-      skipped: int32, steps skipped for non-finite gradients.
-      skipped_in_a_row: int32, of those the last ones without a good step between.
-    """
-
-    step: jax.Array
-    params: model.Params
-    optimizer: Any
-    phase: jax.Array
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
-
-
-class StepMetrics(NamedTuple):
-    """Device scalars of one step: means over its target tokens, and norms over all parameters.
-
-    Steps with the same `batch_checksum` (uint32) have read the same batch, on whatever mesh.
-    """
-
-    loss: jax.Array
-    accuracy: jax.Array
-    tokens: jax.Array
-    gradient_norm: jax.Array
-    update_norm: jax.Array
-    parameter_norm: jax.Array
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
-    batch_checksum: jax.Array
-
-
-def init_state(config: ExperimentConfig) -> TrainState:
-    """Draws the state of a new run from `train.seed`."""
-    params = model.init(jax.random.key(config.train.seed), config.model)
-    zero = jnp.zeros((), jnp.int32)
-    state = optimizer.optimizer(config.optimizer, config.train.steps).init(params)
-    return TrainState(zero, params, state, zero, zero, zero)
-
-
-def d_at(config: CrossbatchConfig, step: int, phase: int, seed: int) -> int:
-    """Returns the crossbatch dimension of a step (FoT, Appendix A: schedules of d).
-
-    Args:
-      config: schedule and phases.
-      step: steps done before it.
-      phase: how often the training accuracy has reached `d_accuracy`.
-      seed: of the random draw, one for each step.
-    """
-    phases = {
-        "constant": lambda: 0,
-        "steps": lambda: int(np.searchsorted(config.d_steps, step, side="right")),
-        "accuracy": lambda: phase,
-        "random": lambda: int(np.random.default_rng((seed, step)).integers(len(config.d))),
-    }
-    return config.d[phases[config.d_schedule]()]
-
-
-def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step on rows [R, T]; with non-finite gradients only the counts of steps and of skips change."""
-    gradients, sums = _gradients(state.params, batch, config, objective.plan(config, d))
-    norm = optax.tree.norm(gradients)
-    transformation = optimizer.optimizer(config.optimizer, config.train.steps)
-    good = jnp.isfinite(norm) & jnp.isfinite(sums.nll)
-    loss, accuracy = sums.nll / sums.weight, sums.correct / sums.weight
-    reached = (good & (accuracy >= config.crossbatch.d_accuracy)).astype(jnp.int32)
-
-    def update(gradients, params, moments):
-        updates, moments = transformation.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, optax.tree.norm(updates)
-
-    def skip(gradients, params, moments):
-        return params, moments, jnp.float32(0)
-
-    params, moments, update_norm = jax.lax.cond(good, update, skip, gradients, state.params, state.optimizer)
-    new = TrainState(
-        step=state.step + 1,
-        params=params,
-        optimizer=moments,
-        phase=jnp.minimum(state.phase + reached, len(config.crossbatch.d) - 1),
-        skipped=state.skipped + ~good,
-        skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
-    )
-    metrics = StepMetrics(
-        loss=loss,
-        accuracy=accuracy,
-        tokens=sums.weight,
-        gradient_norm=norm,
-        update_norm=update_norm,
-        parameter_norm=optax.tree.norm(new.params),
-        skipped=new.skipped,
-        skipped_in_a_row=new.skipped_in_a_row,
-        batch_checksum=checksum(batch),
-    )
-    return new, metrics
-
-
-def checksum(batch: Batch) -> jax.Array:
-    """Returns a uint32 that changes with any value in the batch; its sums are exact, so their order is no matter."""
-    total = jnp.uint32(0)
-    for number, field in enumerate(jax.tree.leaves(batch)):
-        real = jnp.issubdtype(field.dtype, jnp.floating)
-        bits = jax.lax.bitcast_convert_type(field.astype(jnp.float32), jnp.uint32) if real else field.astype(jnp.uint32)
-        place = jnp.uint32(number)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        total += jnp.sum((2 * place + 1) * (bits + 1) * jnp.uint32(0x9E3779B1), dtype=jnp.uint32)
-    return total
-
-
-def _gradients(params: model.Params, batch: Batch, config: ExperimentConfig, plan: objective.Plan) -> tuple[Any, Sums]:
-    """Returns gradients of the mean loss over all target tokens, summed up over microbatches, and the batch's sums."""
-    gradient = jax.grad(objective.loss_sums, has_aux=True)
-    count = config.train.accumulation
-    if count == 1:
-        total, sums = gradient(params, batch, config.model, plan)
-    else:
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        zero = jax.tree.map(jnp.zeros_like, params), Sums(*3 * [jnp.zeros(())])
-
-        def step(carry, part):
-            return jax.tree.map(jnp.add, carry, gradient(params, part, config.model, plan)), None
-
-        (total, sums), _ = jax.lax.scan(step, zero, parts)
-    return jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), total), sums
-
-
-def held_out_sums(params: model.Params, batch: Batch, config: ExperimentConfig, d: int) -> Sums:
-    """Sums of a batch of held-out documents; d = 0 is without contexts."""
-    plan = objective.plan(config, max(d, 1))
-    if d == 0:
-        plan = plan._replace(table=crossbatch.none(config.crossbatch, len(plan.table.contexts_BC), d))
-    return objective.loss_sums(params, batch, config.model, plan)[1]
-
-
 class Run(NamedTuple):
-    """What stays the same during a run: config, mesh, where the state lives, and held-out batches."""
+    """What stays the same during a run: config, mesh, documents, and held-out batches."""
 
     config: ExperimentConfig
     mesh: Mesh
-    state_shardings: TrainState
     corpus_key: str
     held_out: list[Batch]
     held_out_step: Callable
@@ -199,20 +57,6 @@ class Run(NamedTuple):
             )
         return rows.position_from_dict(saved["position"])
 
-    def compile_step(self, d: int) -> Callable:
-        """Compiles the train step of one d."""
-        batch, state = sharding.batch_sharding(self.mesh), self.state_shardings
-        step = jax.jit(
-            lambda state, batch: train_step(state, batch, self.config, d),
-            in_shardings=(state, Batch(*5 * [batch])),
-            out_shardings=(state, sharding.replicated(self.mesh)),
-            donate_argnums=0,
-        )
-        shape = (self.config.data.batch_size, self.config.data.context)
-        whole, half = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-        abstract = jax.eval_shape(lambda: init_state(self.config))
-        return step.lower(abstract, Batch(whole, whole, half, whole, whole)).compile()
-
     def evaluates(self, step: int) -> bool:
         """Returns whether the held-out losses after that many steps belong into the metrics."""
         train = self.config.train
@@ -225,7 +69,7 @@ class Run(NamedTuple):
             contexts["held_out/loss_with_contexts"] = self.config.crossbatch.d[0]
         losses = {}
         for name, d in contexts.items():
-            sums = [self.held_out_step(params, batch, d) for batch in self.held_out]
+            sums = [self.held_out_step(params, batch, d=d) for batch in self.held_out]
             losses[name] = float(sum(s.nll for s in sums) / sum(s.weight for s in sums))
         return losses
 
@@ -258,10 +102,9 @@ def train(
             checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
         documents = corpus.load(config, "train").corpus
         log(f"{len(documents)} training documents, {documents.token_count:,} tokens")
-        abstract = sharding.abstract(jax.eval_shape(lambda: init_state(config)), mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        held_out_step = jax.jit(lambda params, batch, d: held_out_sums(params, batch, config, d), static_argnums=2)
-        run = Run(config, mesh, shardings, documents.key, _held_out_batches(config, mesh), held_out_step)
+        abstract = sharding.abstract(jax.eval_shape(lambda: train_step.init_state(config)), mesh)
+        held_out_step = jax.jit(functools.partial(train_step.held_out_sums, config=config), static_argnames="d")
+        run = Run(config, mesh, documents.key, _held_out_batches(config, mesh), held_out_step)
         if checkpoints.latest() is None:
             state, position = _first_state(config, abstract, log), rows.start(config)
         else:
@@ -279,7 +122,7 @@ def train(
 def _first_state(config: ExperimentConfig, abstract: TrainState, log: Callable[[str], None]) -> TrainState:
     """Returns the state that a new run begins with: drawn, or with the parameters of `train.init_from`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+    state = jax.jit(lambda: train_step.init_state(config), out_shardings=shardings)()
     if not config.train.init_from:
         return state
     source = pathlib.Path(config.train.init_from) / "checkpoints"
@@ -342,7 +185,7 @@ def _loop(
             batch, after, data_wait = next(loader)
             # Only this schedule depends on what the last step gave, and so has to wait for it.
             phase = int(state.phase) if config.crossbatch.d_schedule == "accuracy" else 0
-            d = d_at(config.crossbatch, step, phase, train.seed)
+            d = train_step.d_at(config.crossbatch, step, phase, train.seed)
             if d not in steps:
                 jax.block_until_ready(state)
                 steps[d] = _compile(run, d, step, log)
@@ -375,7 +218,7 @@ def _loop(
 def _compile(run: Run, d: int, step: int, log: Callable[[str], None]) -> Callable:
     """Compiles the train step of one d and says how long it took."""
     began = time.perf_counter()
-    compiled = run.compile_step(d)
+    compiled = train_step.compile_step(run.config, run.mesh, d)
     log(f"step {step}: compiled the train step for d = {d} in {time.perf_counter() - began:.1f} s")
     return compiled
 
@@ -395,21 +238,9 @@ class _Clock:
         seconds = (time.perf_counter() - self._began) / self._steps
         return {
             "tokens_per_second": config.data.batch_size * config.data.context / seconds,
-            "model_flops_per_second": step_flops(config, d) / seconds,
+            "model_flops_per_second": train_step.step_flops(config, d) / seconds,
             "data_wait": self._data_wait / self._steps,
         }
-
-
-def step_flops(config: ExperimentConfig, d: int) -> int:
-    """Returns the model's floating point operations of one train step, by the formula of `fot.flops`."""
-    plan = objective.plan(config, d)
-    return config.train.accumulation * flops.train_flops(
-        config.model,
-        rows=len(plan.table.contexts_BC),
-        loss_rows=len(plan.keep),
-        context=config.data.context,
-        context_pairs=int((plan.table.contexts_BC >= 0).sum()),
-    )
 
 
 def _line(metrics: StepMetrics, config: ExperimentConfig, step: int, d: int) -> dict[str, Any]:

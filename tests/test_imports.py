@@ -17,7 +17,7 @@ FLOORS = (
     ("memory", "crossbatch", "kernels"),
     ("model",),
     ("objective", "optimizer", "data", "checkpoint", "generate"),
-    ("evaluate", "convert"),
+    ("evaluate", "convert", "train_step"),
     ("train",),
     ("demo",),
 )

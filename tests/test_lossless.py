@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from fot import checkpoint, cli, files, metrics, train
+from fot import checkpoint, cli, files, metrics, train, train_step
 from fot.errors import UserError
 from fot.evaluate import perplexity
 
@@ -109,7 +109,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 def last_state(workdir: pathlib.Path) -> checkpoint.Restored:
     config = checkpoint.load_config(workdir / "checkpoints")
     device = SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: train.init_state(config))
+    shapes = jax.eval_shape(lambda: train_step.init_state(config))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     return checkpoint.Checkpointer(workdir / "checkpoints", config.train).restore(None, abstract)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fot import sharding, train
+from fot import sharding, train, train_step
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig
 from fot.errors import CheckpointError, ConfigError, TrainingError
@@ -54,10 +54,9 @@ def one_step(config: ExperimentConfig, devices: int):
     documents = np.repeat(np.arange(shape[0] // 2, dtype=np.int32), 2)[:, None] * np.ones(shape, np.int32)
     positions = np.arange(2 * shape[1], dtype=np.int32).reshape(2, -1)[np.arange(shape[0]) % 2]
     batch = Batch(tokens, np.roll(tokens, -1, 1), np.ones(shape, np.float32), documents, positions)
-    shardings = sharding.shardings(jax.eval_shape(lambda: train.init_state(config)), mesh)
-    run = train.Run(config, mesh, shardings, "", [], train.held_out_sums)
-    step = run.compile_step(config.crossbatch.d[0])
-    state = jax.jit(lambda: train.init_state(config), out_shardings=shardings)()
+    shardings = sharding.shardings(jax.eval_shape(lambda: train_step.init_state(config)), mesh)
+    step = train_step.compile_step(config, mesh, config.crossbatch.d[0])
+    state = jax.jit(lambda: train_step.init_state(config), out_shardings=shardings)()
     for _ in range(2):
         state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
     return jax.device_get((state, metrics))
@@ -91,8 +90,8 @@ def test_steps_with_bad_gradients_change_counts_alone(tiny_config):
     zeros = np.zeros(shape, np.int32)  # the target that argmax finds among logits that are all NaN
     positions = np.arange(shape[1], dtype=np.int32) + zeros
     batch = Batch(zeros, zeros, np.ones(shape, np.float32), np.arange(shape[0])[:, None] + zeros, positions)
-    step = jax.jit(lambda state, batch: train.train_step(state, batch, config, 1))
-    fresh = jax.jit(lambda: train.init_state(config))()
+    step = jax.jit(lambda state, batch: train_step.train_step(state, batch, config, 1))
+    fresh = jax.jit(lambda: train_step.init_state(config))()
     good, metrics = step(fresh, batch)
     assert (int(good.step), int(good.skipped), int(metrics.skipped_in_a_row)) == (1, 0, 0)
 
@@ -149,7 +148,7 @@ def test_a_parameter_without_axes_is_refused():
 
 def test_schedules_of_d():
     def d(step, phase=0, **fields):
-        return train.d_at(CrossbatchConfig(**fields), step, phase, 0)
+        return train_step.d_at(CrossbatchConfig(**fields), step, phase, 0)
 
     assert d(99, d=(2,)) == 2
     steps = dict(d=(1, 4, 8), d_schedule="steps", d_steps=(10, 20))
