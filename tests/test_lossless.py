@@ -33,8 +33,8 @@ def get_config():
     config.model.layers, config.model.memory_layers, config.model.attention_block = 2, (1,), 16
     config.model.dim, config.model.head_dim, config.model.mlp_dim = 32, 8, 64
     config.crossbatch.d, config.crossbatch.d_schedule = (1, 2), "random"
-    config.data.task, config.data.cache_dir = "files", {cache!r}
-    config.data.tokenizer, config.data.context, config.data.min_document_tokens = "bytes", 16, 32
+    config.data.task, config.data.cache_dir = ("files",), {cache!r}
+    config.data.tokenizer, config.data.context, config.data.min_document_tokens = "bytes", 16, (32,)
     config.data.held_out_fraction = 0.3
     config.train.steps, config.train.log_every = 60, 1
     config.train.evaluate_every, config.train.evaluate_batches = 4, 1

@@ -226,5 +226,5 @@ def test_a_source_takes_its_own_settings(tmp_path):
 
 def test_cache_that_cannot_be_written_names_the_field(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="file/x .*: set data.cache_dir to"):
+    with pytest.raises(UserError, match="file/x .*set data.cache_dir to"):
         cache.write(tmp_path / "file" / "x", lambda file: None)

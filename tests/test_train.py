@@ -122,7 +122,7 @@ def test_the_checksum_of_a_batch_changes_with_every_value_and_every_swap_but_not
     random = np.random.default_rng(0)
     tokens, targets, documents, positions = random.integers(0, 9, (4, 8, 6), dtype=np.int32)
     batch = Batch(tokens, targets, np.ones((8, 6), np.float32), documents, positions)
-    checksum = jax.jit(train.checksum)
+    checksum = jax.jit(train_step.checksum)
     there = sharding.batch_sharding(sharding.make_mesh(MeshConfig(), jax.devices()))
     assert checksum(jax.device_put(batch, there)) == checksum(batch)
     swapped = batch._replace(tokens=tokens[[1, 0, *range(2, 8)]])
