@@ -58,7 +58,17 @@ class Place(NamedTuple):
         return [f"--config={self.folder / 'run.py'}", f"--workdir={self.folder / workdir}", files]
 
     def start(self, workdir: str, *flags: str) -> subprocess.Popen:
-        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`."""
+        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`.
+
+        Ctrl-C reaches it even where these tests run in the background, with SIGINT ignored.
+        """
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return self._start(workdir, *flags)
+        finally:
+            signal.signal(signal.SIGINT, inherited)
+
+    def _start(self, workdir: str, *flags: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "fot.train", *self.flags(workdir), *flags]
         with open(self.folder / f"{workdir}.out", "w") as out, open(self.folder / f"{workdir}.err", "w") as err:
             return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=err)
@@ -170,8 +180,8 @@ def test_a_run_killed_twenty_times_cannot_be_told_from_a_whole_one(place, seed):
 
 
 def test_sigterm_saves_and_asks_for_another_try_and_ctrl_c_saves_nothing(place):
-    every = 10**6
-    rare = [f"--config.train.steps={every}", f"--config.train.checkpoint_every={every}", "--config.train.keep_every=0"]
+    steps = 10_000  # more than it gets to do
+    rare = [f"--config.train.steps={steps}", f"--config.train.checkpoint_every={steps}", "--config.train.keep_every=0"]
     out = place.folder / "ended.out"
     process = place.start("ended", *rare)
     until(lambda: "training documents" in out.read_text(), process)
