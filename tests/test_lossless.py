@@ -207,7 +207,9 @@ def test_sigterm_saves_and_asks_for_another_try_and_ctrl_c_saves_nothing(place):
     process.send_signal(signal.SIGINT)
     assert process.wait() == cli.INTERRUPTED and place.errors("ended") == ["interrupted"]
     assert place.saves("ended") == [str(saved)]
-    assert all(ended == whole for ended, whole in zip(place.metrics("ended"), place.metrics("whole"), strict=False))
+    *before, last = zip(place.metrics("ended"), place.metrics("whole"), strict=False)
+    assert all(ended == whole for ended, whole in before)
+    assert last[0].items() <= last[1].items()  # Ctrl-C may come between a step and its held-out loss
 
 
 def test_a_full_disk_at_a_save_ends_the_run_in_one_line_and_keeps_the_checkpoint_before(place):
