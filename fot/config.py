@@ -416,7 +416,7 @@ class EvaluateConfig:
 
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
-      readers: entries of `fot.memory.READERS` to evaluate.
+      readers: entries of `fot.readers.table.READERS` to evaluate.
       neighbours: entries that the reader "knn" retrieves per query and head, k.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.

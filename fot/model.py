@@ -15,11 +15,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fot import attention, crossbatch
-from fot import memory as memories
 from fot.attention import Partial, Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
-from fot.memory import Memory, Reader
+from fot.memory import Memory
+from fot.readers import table as readers
+from fot.readers.reader import Reader
 
 Params = dict[str, Any]
 
@@ -340,5 +341,5 @@ def _memory_layer(
         seen = Table(table.contexts_BC[rows], table.negative_BC[rows])
         remote.append(crossbatch.attend_contexts(q, k, v, queries, tokens, seen, config.attention_block))
     if source.memory is not None:
-        remote.append(memories.read(q, queries.documents, source.memory.slots(index), source.reader))
+        remote.append(readers.read(q, queries.documents, source.memory.slots(index), source.reader))
     return block.finish(x_BTD, block.attention.combine(local, remote)), k, v

@@ -20,6 +20,8 @@ from fot.errors import ConfigError, UserError
 from fot.evaluate import __main__ as command
 from fot.evaluate import perplexity
 from fot.evaluate import perplexity_report as report
+from fot.readers.reader import Reader
+from fot.readers.table import READERS
 
 T = 16
 LENGTHS = (70, 17, 40, 33)  # tokens of the documents, bos and eos included
@@ -109,7 +111,7 @@ def test_without_memory_each_window_is_read_alone(params, mesh):
 
 def test_memory_is_what_was_read_of_the_document(params, mesh):
     corpus = corpora.from_arrays(documents()[:1])
-    reader = memory.Reader("dense", 1, 24, True)
+    reader = Reader("dense", 1, 24, True)
 
     @jax.jit
     def read(held, batch):
@@ -145,7 +147,7 @@ def test_memory_does_not_reach_the_first_window_of_a_document(params, mesh):
     assert not np.isclose(across.positions[0].nll, results.no_memory.positions[0].nll, rtol=1e-6)
 
 
-@pytest.mark.parametrize("reader", memory.READERS)
+@pytest.mark.parametrize("reader", READERS)
 def test_documents_side_by_side_do_not_matter(params, mesh, reader):
     one, two = (evaluate(params, mesh, batch_size=size, readers=(reader,)) for size in (1, 2))
     assert all(same(left, right) for left, right in zip(one.columns, two.columns, strict=True))
@@ -180,7 +182,7 @@ def test_knn_of_all_entries_is_dense(params, mesh):
     assert same(dense, knn)
 
 
-@pytest.mark.parametrize("reader", memory.READERS)
+@pytest.mark.parametrize("reader", READERS)
 def test_the_block_changes_nothing(params, mesh, reader):
     # 16 does not divide 24: the last block shares slots with the one before.
     small, whole = (evaluate(params, mesh, readers=(reader,), block=block).columns[1] for block in (16, 24))
@@ -244,9 +246,7 @@ def test_errors_of_files(tmp_path):
 
 def made_up(scale: float) -> report.Results:
     """Results as a run gives them, without a run."""
-    columns = [("none", "none", 0)] + [
-        (m, r, n) for m in perplexity.MODES for r in memory.READERS for n in (256, 16384)
-    ]
+    columns = [("none", "none", 0)] + [(m, r, n) for m in perplexity.MODES for r in READERS for n in (256, 16384)]
     bins = ((0, 128), (128, 2048), (2048, None))
 
     def column(mode, reader, length):

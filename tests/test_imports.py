@@ -15,6 +15,7 @@ FLOORS = (
     ("cli",),
     ("sharding", "attention", "batch", "flops", "metrics", "termination"),
     ("memory", "crossbatch", "kernels"),
+    ("readers",),
     ("model",),
     ("objective", "optimizer", "data", "checkpoint", "generate"),
     ("evaluate", "convert", "train_step"),

@@ -12,7 +12,8 @@ from flax import nnx
 from fot import attention, crossbatch, memory, model
 from fot.attention import Partial, Tokens
 from fot.config import REMATS, CrossbatchConfig, ModelConfig
-from fot.memory import Reader
+from fot.readers.reader import Reader
+from fot.readers.table import READERS
 
 # The paper's small models, and LLaMA's with grouped queries.
 PAPER = ModelConfig(
@@ -301,7 +302,7 @@ def test_reading_a_memory_equals_crossbatch_with_the_previous_context(positions,
     first = evaluate(params(config), previous, None, config, None)
     close(first.hidden, trained.hidden[previous])
     memories = written(config, first, DOCUMENTS[previous])
-    for name in memory.READERS if positions == "none" else ["dense"]:
+    for name in READERS if positions == "none" else ["dense"]:
         second = evaluate(params(config), current, memories, config, Reader(name, 2 * T, 4, False))
         close(second.hidden, trained.hidden[current])
         close(second.keys, trained.keys[:, current])

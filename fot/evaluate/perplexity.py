@@ -33,9 +33,11 @@ from fot.data.rows import Batch
 from fot.errors import ConfigError, UserError
 from fot.evaluate import perplexity_report as report
 from fot.evaluate.perplexity_report import Bin, Column, Results
-from fot.memory import Memory, Reader
+from fot.memory import Memory
 from fot.metrics import Progress
+from fot.readers.reader import Reader
 
+_HEADS = sharding.MESH_AXES["kv_heads"]
 SHOW_SECONDS = 1.0  # between two looks at the running sums: each waits for the devices
 
 
@@ -244,11 +246,11 @@ def _programs(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None,
     Reading and writing are two of them: in one, XLA would copy the memory at every window, as what is read there
     can't be overwritten in place.
     """
-    place = memory_sharding(mesh)
+    place, window = memory_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS, None))
     return _Programs(
         read=jax.jit(
             functools.partial(_read, config=config, ends=ends, reader=reader),
-            out_shardings=(sharding.replicated(mesh), place.keys, place.values),
+            out_shardings=(sharding.replicated(mesh), window, window),
             donate_argnums=3,
         ),
         write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
@@ -278,7 +280,7 @@ def _read(
 
 def memory_sharding(mesh: Mesh) -> Memory:
     """Returns where a memory lives: rows over data and fsdp, key/value heads over tensor."""
-    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, sharding.MESH_AXES["kv_heads"], None))
+    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS, None, None))
     documents = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None))
     return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
 

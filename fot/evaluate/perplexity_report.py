@@ -42,7 +42,7 @@ class Column:
 
     Attributes:
       mode: "single_doc" or "multi_doc"; "none" without memory.
-      reader: entry of `fot.memory.READERS`; "none" without memory.
+      reader: entry of `fot.readers.table.READERS`; "none" without memory.
       memory: memory length, in tokens per row.
       tokens: targets, the same in every column.
       nll: mean negative log-likelihood, in nats.

@@ -1,0 +1,1 @@
+"""Attention to a memory: a file for each way to read one."""

@@ -1,0 +1,28 @@
+"""All readers by name."""
+
+from collections.abc import Callable
+
+import jax
+
+from fot.attention import Partial
+from fot.memory import Slots
+from fot.readers.dense import dense
+from fot.readers.knn import knn
+from fot.readers.reader import Reader
+
+READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {"dense": dense, "knn": knn}
+
+
+def read(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
+    """Attends to a memory with the reader of that name.
+
+    Args:
+      q_BTNH: queries, already scaled.
+      documents_BT: int32, documents of the queries' tokens.
+      slots: one layer's view of the memory.
+      reader: how to read.
+
+    Returns:
+      Partial attention over what is visible; lse is -inf where nothing is.
+    """
+    return READERS[reader.name](q_BTNH, documents_BT, slots, reader)

@@ -1,0 +1,189 @@
+"""Properties of every reader: what it makes of a memory, alone and inside the model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fot import memory, model
+from fot.attention import Partial, Tokens
+from fot.config import READER_NAMES, ModelConfig
+from fot.memory import Slots
+from fot.readers import table
+from fot.readers.reader import Reader
+from fot.readers.table import READERS
+
+LAYERS, B, T, N, G, H = 2, 3, 5, 4, 2, 4
+BLOCKS = [3, 7, 100]
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+
+
+def close(left, right, tolerance=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), left, right)
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+M = 17
+DOCUMENTS = np.random.default_rng(1).integers(-1, 3, (B, M)).astype(np.int32)
+DOCUMENTS[2] = -1  # a row that remembers nothing
+QUERIES = np.array([[0, 0, 0, 1, 1], [2, 2, 2, 2, 5], [0, 0, 1, 1, 1]], np.int32)
+
+
+def slots() -> Slots:
+    return Slots(draw(B, G, M, H, seed=1), draw(B, G, M, H, seed=2), jnp.asarray(DOCUMENTS))
+
+
+def reader(name: str, neighbours: int = M, block: int = 7, multi_doc: bool = True) -> Reader:
+    return Reader(name, neighbours, block, multi_doc)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def read(slots: Slots, reader: Reader) -> Partial:
+    return table.read(draw(B, T, N, H), jnp.asarray(QUERIES), slots, reader)
+
+
+def brute_force(slots: Slots, neighbours: int, multi_doc: bool) -> Partial:
+    """For each query and head on its own: sort the visible slots by logit, softmax over the first ones."""
+    q, (k, v, documents) = np.asarray(draw(B, T, N, H)), map(np.asarray, slots)
+    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    for row, time, head in np.ndindex(lse.shape):
+        visible = np.flatnonzero((documents[row] >= 0) & (multi_doc | (documents[row] == QUERIES[row, time])))
+        group = head // (N // G)
+        s = k[row, group, visible] @ q[row, time, head]
+        best = np.argsort(-s)[:neighbours]
+        if len(best):
+            p = np.exp(s[best])
+            out[row, time, head] = p @ v[row, group, visible[best]] / p.sum()
+            lse[row, time, head] = np.log(p.sum())
+    return Partial(out, lse)
+
+
+def test_readers_of_the_config_are_those_there_are():
+    assert set(READERS) == set(READER_NAMES)
+
+
+@pytest.mark.parametrize("multi_doc", [True, False])
+@pytest.mark.parametrize("name", READERS)
+def test_reading_all_slots_is_the_softmax_over_visible_ones(name, multi_doc):
+    close(read(slots(), reader(name, multi_doc=multi_doc)), brute_force(slots(), M, multi_doc), 1e-5)
+
+
+@pytest.mark.parametrize("multi_doc", [True, False])
+@pytest.mark.parametrize("neighbours", [1, 4])
+def test_knn_is_the_brute_force_top_k(neighbours, multi_doc):
+    found = read(slots(), reader("knn", neighbours=neighbours, multi_doc=multi_doc))
+    close(found, brute_force(slots(), neighbours, multi_doc), 1e-5)
+
+
+@pytest.mark.parametrize("neighbours", [M, M + 5])
+def test_knn_with_all_slots_as_neighbours_equals_dense(neighbours):
+    close(read(slots(), reader("knn", neighbours=neighbours)), read(slots(), reader("dense")))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_block_changes_no_result(name):
+    first, *rest = (read(slots(), reader(name, neighbours=4, block=block)) for block in BLOCKS)
+    for other in rest:
+        close(other, first)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_place_of_an_entry_in_the_ring_does_not_matter(name):
+    order = np.random.default_rng(0).permutation(M)
+    keys, values, documents = slots()
+    moved = Slots(keys[:, :, order], values[:, :, order], documents[:, order])
+    close(read(moved, reader(name, neighbours=4)), read(slots(), reader(name, neighbours=4)))
+
+
+@pytest.mark.parametrize("multi_doc", [True, False])
+@pytest.mark.parametrize("name", READERS)
+def test_entries_that_are_not_visible_leave_no_trace(name, multi_doc):
+    """Empty slots and, in single-doc mode, other documents: whatever they hold."""
+    before = read(slots(), reader(name, neighbours=4, multi_doc=multi_doc))
+    document = 0  # that of the first queries of row 0
+    hidden = (DOCUMENTS == -1) if multi_doc else (DOCUMENTS != document)
+    loud = slots()._replace(
+        keys=jnp.where(hidden[:, None, :, None], 1e4, slots().keys),
+        values=jnp.where(hidden[:, None, :, None], 1e4, slots().values),
+    )
+    after = read(loud, reader(name, neighbours=4, multi_doc=multi_doc))
+    same(*(jax.tree.map(lambda x: x[0, :3], part) for part in (before, after)))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_reading_nothing_gives_nothing(name):
+    nothing = Partial(np.zeros((T, N, H)), np.full((T, N), -np.inf))
+    same(jax.tree.map(lambda x: x[2], read(slots(), reader(name))), nothing)
+    for capacity in (0, 3):
+        empty = memory.empty(1, B, capacity, G, H, jnp.float32).slots(0)
+        same(jax.tree.map(lambda x: x[0], read(empty, reader(name))), nothing)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_gradients_into_a_memory_are_finite_and_spare_empty_slots(name):
+    def loss(slots):
+        part = table.read(draw(B, T, N, H), jnp.asarray(QUERIES), slots, reader(name, neighbours=4))
+        return (part.out**2).sum()
+
+    keys, values, _ = jax.jit(jax.grad(loss, allow_int=True))(slots())
+    for gradient in (keys, values):
+        assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
+        assert (np.asarray(gradient).swapaxes(1, 2)[DOCUMENTS == -1] == 0).all()
+
+
+# Reading inside the model.
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    layers=3,
+    dim=16,
+    heads=N,
+    kv_heads=G,
+    head_dim=H,
+    mlp_dim=24,
+    memory_layers=(0, 2),
+    attention_block=4,
+)
+TOKENS = Tokens(jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T)))
+
+
+@functools.cache
+def params(config: ModelConfig) -> model.Params:
+    return jax.jit(lambda key: model.init(key, config))(jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _hidden(params, config, inputs, read_from, reader):
+    return model.apply(params, inputs, TOKENS, config, memory=read_from, reader=reader).hidden
+
+
+def hidden(config: ModelConfig, read_from: memory.Memory | None, reader: Reader | None) -> jax.Array:
+    return _hidden(params(config), config, jnp.arange(B * T).reshape(B, T), read_from, reader)
+
+
+@pytest.mark.parametrize(("capacity", "gate"), [(6, False), (6, True), (0, False)])
+@pytest.mark.parametrize("name", READERS)
+def test_empty_memory_is_no_memory_bit_for_bit(name, capacity, gate):
+    config = dataclasses.replace(MODEL, memory_gate=gate)
+    empty = memory.empty(1, B, capacity, G, H, jnp.float32)
+    same(hidden(config, empty, reader(name)), hidden(config, None, None))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_row_reads_its_own_memory_alone(name):
+    entries = draw(1, B, 4, G, H, seed=1), draw(1, B, 4, G, H, seed=2), jnp.zeros((B, 4), jnp.int32)
+    written = memory.write(memory.empty(1, B, 6, G, H, jnp.float32), *entries)
+    full, without = hidden(MODEL, written, reader(name)), hidden(MODEL, None, None)
+    cleared = hidden(MODEL, memory.clear(written, jnp.array([True, False, True])), reader(name))
+    same(cleared[1], full[1])
+    same(cleared[::2], without[::2])
+    assert (full != without).any(-1).all()
