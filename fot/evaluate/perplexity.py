@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot import checkpoint, model, objective, sharding
 from fot import config as config_lib
 from fot import memory as memories
+from fot import model, objective, sharding
 from fot.attention import Tokens
 from fot.config import ExperimentConfig, ModelConfig
 from fot.data import corpus as corpora
@@ -32,6 +32,7 @@ from fot.data.corpus import Corpus
 from fot.data.rows import Batch
 from fot.errors import ConfigError, UserError
 from fot.evaluate import perplexity_report as report
+from fot.evaluate import trained as trained_model
 from fot.evaluate.perplexity_report import Bin, Column, Results
 from fot.memory import Memory
 from fot.metrics import Progress
@@ -323,12 +324,8 @@ class Flags:
 
 
 def load(flags: Flags) -> ExperimentConfig:
-    """Returns the config stored with the newest checkpoint.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    return checkpoint.load_config(pathlib.Path(flags.workdir) / "checkpoints")
+    """Returns the config of the trained model, see `trained.load_config`."""
+    return trained_model.load_config(flags.workdir)
 
 
 def main(config: ExperimentConfig, flags: Flags) -> None:
@@ -337,16 +334,14 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
         raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
     workdir = pathlib.Path(flags.workdir)
     output = pathlib.Path(flags.output or flags.workdir)
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
-    sharding.check_mesh(mesh, config)
-    with checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
-        step = checkpoints.latest()
-        abstract = sharding.abstract_params(model.init, config.model, mesh)
-        params = checkpoints.restore_params(step, abstract)
+    trained = trained_model.load(flags.workdir, config)
     corpus = corpora.load(config, flags.split).corpus
-    print(f"step {step}: {len(corpus)} documents, {int(corpus.lengths.sum()):,} tokens ({flags.split})", flush=True)
-    results = evaluate(params, config, corpus, mesh, lambda line: print(line, flush=True))
-    about = {"workdir": str(workdir), "step": step, "split": flags.split, "config": config_lib.to_dict(config)}
+    print(
+        f"step {trained.step}: {len(corpus)} documents, {int(corpus.lengths.sum()):,} tokens ({flags.split})",
+        flush=True,
+    )
+    results = evaluate(trained.params, config, corpus, trained.mesh, lambda line: print(line, flush=True))
+    about = {"workdir": str(workdir), "step": trained.step, "split": flags.split, "config": config_lib.to_dict(config)}
     path = report.save(results, about, output)
     report.plot({workdir.name or str(workdir): results}, output / report.PLOT_FILE)
     print(f"\n{report.table(results)}\n\n{report.position_table(results)}\n")
