@@ -412,7 +412,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Perplexity on held-out documents by memory length (FoT, section 4).
+    """What evaluations of a trained model read and measure (FoT, sections 3.3 and 4).
 
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
@@ -424,6 +424,11 @@ class EvaluateConfig:
       max_documents: evaluate on this many held-out documents at the most; 0 is all.
       max_tokens: read this many tokens of a document at the most; 0 is all.
       position_bins: upper ends, in tokens, of the bins of the table by position in the document.
+      contexts: for distraction, the numbers d of previous contexts in view, ascending.
+      windows: for distraction, how many windows of queries to average over, as far as there are documents for them.
+      inspected: for retrieval, how many tokens are shown where none are named.
+      retrieved: for retrieval, memory tokens shown for each of them, per layer and head.
+      surroundings: for retrieval, how many tokens are shown before and after each memory token.
     """
 
     memory: tuple[int, ...] = (0, 256, 1024, 4096, 16384)
@@ -435,10 +440,15 @@ class EvaluateConfig:
     max_documents: int = 0
     max_tokens: int = 0
     position_bins: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
+    contexts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    windows: int = 128
+    inspected: int = 6
+    retrieved: int = 4
+    surroundings: int = 8
 
     def __post_init__(self):
-        _positive(self, "neighbours", "block", "batch_size")
-        _not_negative(self, "max_documents", "max_tokens")
+        _positive(self, "neighbours", "block", "batch_size", "windows", "inspected", "retrieved")
+        _not_negative(self, "max_documents", "max_tokens", "surroundings")
         _require(
             len(self.memory) > 0 and all(m >= 0 for m in self.memory) and list(self.memory) == sorted(set(self.memory)),
             f"memory={self.memory} must be ascending lengths in tokens",
@@ -450,6 +460,10 @@ class EvaluateConfig:
         _require(
             len(self.position_bins) > 0 and list(self.position_bins) == sorted(set(self.position_bins)),
             f"position_bins={self.position_bins} must be ascending",
+        )
+        _require(
+            len(self.contexts) > 0 and min(self.contexts) > 0 and list(self.contexts) == sorted(set(self.contexts)),
+            f"contexts={self.contexts} must be ascending numbers of contexts above 0",
         )
 
 

@@ -117,6 +117,16 @@ class Attention(nnx.Module):
         gate_BTN = jnp.where(elsewhere.lse == -jnp.inf, 0.0, gate_N)[..., None]
         return elsewhere.out * gate_BTN + local.out * (1 - gate_BTN)
 
+    def share(self, local: Partial, remote: list[Partial]) -> jax.Array:
+        """Returns the weight [B, T, N] that `combine` gives to all that is remote; float32."""
+        if not remote:
+            return jnp.zeros_like(local.lse)
+        lse_BTN = attention.merge(*remote).lse
+        share_BTN = jax.nn.sigmoid(lse_BTN - local.lse)
+        if hasattr(self, "memory_gate"):
+            share_BTN = jax.nn.sigmoid(self.memory_gate[...].astype(jnp.float32))
+        return jnp.where(lse_BTN == -jnp.inf, 0.0, share_BTN)
+
     def project_out(self, out_BTNH: jax.Array) -> jax.Array:
         """Returns [B, T, D]."""
         w_NHD = self.output[...]
@@ -200,17 +210,31 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     return {**pure(Ends(config, nnx.Rngs(first))), "layers": layers}
 
 
+class Reads(NamedTuple):
+    """How a memory layer looked beyond its rows, to contexts or a memory.
+
+    Attributes:
+      queries: [B, T, N, H], scaled, as keys from elsewhere meet them.
+      share: [B, T, N] float32, the weight that all keys from elsewhere have together, beside the local context.
+    """
+
+    queries: jax.Array
+    share: jax.Array
+
+
 class Output(NamedTuple):
-    """What a forward pass gives.
+    """What a forward pass gives; under `jax.jit`, what isn't used isn't computed.
 
     Attributes:
       hidden: [B', T, D] last hidden states, of the rows in `keep`; `unembed` makes logits of them.
       keys, values: [L, B, T, G, H] of the memory layers, keys as other rows and a memory see them.
+      reads: of each memory layer; in the last one, of the rows in `keep`.
     """
 
     hidden: jax.Array
     keys: jax.Array
     values: jax.Array
+    reads: tuple[Reads, ...]
 
 
 def apply(
@@ -244,14 +268,15 @@ def apply(
     x_BTD = params["embedding"].astype(dtype)[inputs_BT]
     source = _Source(tokens, table, memory, reader)
     remat = _REMAT[config.remat]
-    keys, values, begin = [], [], 0
+    keys, values, reads, begin = [], [], [], 0
     for index, layer in enumerate(config.memory_layers):
         x_BTD = _run(layers, begin, layer, x_BTD, tokens, config)
         rows = keep if layer == config.memory_layers[-1] else None
         step = remat(functools.partial(_memory_layer, config=config, source=source, index=index, keep=rows))
-        x_BTD, k, v = step(_layer(layers, layer), x_BTD)
+        x_BTD, k, v, read = step(_layer(layers, layer), x_BTD)
         keys.append(k)
         values.append(v)
+        reads.append(read)
         begin = layer + 1
     last = tokens
     if keep is not None:
@@ -260,8 +285,8 @@ def apply(
     x_BTD = _run(layers, begin, config.layers, x_BTD, last, config)
     hidden = _rms_norm(x_BTD, params["final_norm"], config.norm_epsilon)
     if not keys:
-        return Output(hidden, *2 * [jnp.zeros((0, *inputs_BT.shape, config.kv_heads, config.head_dim), dtype)])
-    return Output(hidden, jnp.stack(keys), jnp.stack(values))
+        return Output(hidden, *2 * [jnp.zeros((0, *inputs_BT.shape, config.kv_heads, config.head_dim), dtype)], ())
+    return Output(hidden, jnp.stack(keys), jnp.stack(values), tuple(reads))
 
 
 def head(params: Params, config: ModelConfig) -> jax.Array:
@@ -324,8 +349,8 @@ _POSITIONS: dict[str, Callable[[jax.Array, ModelConfig], jax.Array]] = {
 
 def _memory_layer(
     layer: Params, x_BTD: jax.Array, *, config: ModelConfig, source: _Source, index: int, keep: np.ndarray | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A layer that sees other contexts; returns the kept rows' stream, and all rows' keys and values.
+) -> tuple[jax.Array, jax.Array, jax.Array, Reads]:
+    """A layer that sees other contexts; returns the kept rows' stream, all rows' keys and values, the kept rows' reads.
 
     Keys are handed on as they are at position 0, where RoPE is the identity.
     """
@@ -342,4 +367,5 @@ def _memory_layer(
         remote.append(crossbatch.attend_contexts(q, k, v, queries, tokens, seen, config.attention_block))
     if source.memory is not None:
         remote.append(readers.read(q, queries.documents, source.memory.slots(index), source.reader))
-    return block.finish(x_BTD, block.attention.combine(local, remote)), k, v
+    reads = Reads(q, block.attention.share(local, remote))
+    return block.finish(x_BTD, block.attention.combine(local, remote)), k, v, reads

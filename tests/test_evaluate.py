@@ -302,7 +302,9 @@ def test_errors_of_the_command(words, message, capsys):
 
 def test_help_of_the_command(capsys):
     assert exit_code("--help") == 0
-    assert "perplexity  Perplexity on held-out documents by memory length" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "  Perplexity on held-out documents by memory length" in shown
+    assert all(f"\n  {name} " in shown for name in command.EVALUATIONS)
     assert exit_code("perplexity", "--help") == 0
     shown = capsys.readouterr().out
     assert "--workdir  (str, required)" in shown and "--config.evaluate.memory=" in shown

@@ -30,7 +30,7 @@ from fot.data import corpus as corpora
 from fot.data import rows, tasks
 from fot.data.corpus import Corpus
 from fot.data.rows import Batch
-from fot.errors import ConfigError, UserError
+from fot.errors import UserError
 from fot.evaluate import perplexity_report as report
 from fot.evaluate import trained as trained_model
 from fot.evaluate.perplexity_report import Bin, Column, Results
@@ -106,12 +106,7 @@ def evaluate(
     Raises:
       ConfigError: `evaluate.batch_size` can't be split over the mesh.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.evaluate.batch_size % shards:
-        raise ConfigError(
-            f"evaluate.batch_size={config.evaluate.batch_size} must be a multiple of {shards}, the devices that its "
-            "rows are split over"
-        )
+    trained_model.check_rows(config, mesh)
     params = jax.device_put(params, sharding.shardings(params, mesh))
     wanted = _wanted(config, corpus)
     scores: dict[_Run, _Score] = {}

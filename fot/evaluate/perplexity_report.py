@@ -5,12 +5,13 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, final
 
 from fot import files
 from fot.config import MEMORY_MODES, READER_NAMES
 from fot.errors import UserError
+from fot.evaluate import text
 
 JSON_FILE, PLOT_FILE = "perplexity.json", "perplexity.png"
 _REMEDY = "choose a folder that can be written"
@@ -161,8 +162,8 @@ def load(path: str | pathlib.Path) -> Results:
 
 def save(results: Results, about: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Writes `perplexity.json` at once, with the values of `about` (JSON) before the results; returns its path."""
-    text = json.dumps({**about, **to_dict(results)}, indent=1, allow_nan=False)
-    files.write(folder / JSON_FILE, lambda file: file.write(text.encode()), _REMEDY)
+    content = json.dumps({**about, **to_dict(results)}, indent=1, allow_nan=False)
+    files.write(folder / JSON_FILE, lambda file: file.write(content.encode()), _REMEDY)
     return folder / JSON_FILE
 
 
@@ -176,7 +177,7 @@ def table(results: Results) -> str:
         cells |= {c.memory: f"{_number(c.perplexity)} {_percent(c.change)}" for c in columns[1:]}
         lines.append([mode, reader, *(cells.get(length, "") for length in lengths)])
     title = f"Perplexity by memory length in tokens, and its change against no memory ({_targets(results)})"
-    return "\n".join([title, *_aligned(lines, left=2)])
+    return "\n".join([title, *text.aligned(lines, left=2)])
 
 
 def position_table(results: Results) -> str:
@@ -190,22 +191,11 @@ def position_table(results: Results) -> str:
         cells = [_number(each) + change for each, change in zip(found, changes, strict=True)]
         lines.append([_range(part, "{:,}".format), f"{part.tokens:,}", *cells])
     way = "without memory" if mode == NO_MEMORY else f"{mode}, {reader}"
-    return "\n".join([f"Perplexity by position in the document, in tokens ({way})", *_aligned(lines, left=1)])
+    return "\n".join([f"Perplexity by position in the document, in tokens ({way})", *text.aligned(lines, left=1)])
 
 
 def _targets(results: Results) -> str:
     return f"{results.no_memory.tokens:,} target tokens, context {results.context:,}"
-
-
-def _aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return [line.rstrip() for line in aligned]
 
 
 def _number(value: float) -> str:

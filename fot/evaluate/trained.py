@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from fot import checkpoint, model, sharding
 from fot.config import ExperimentConfig
+from fot.errors import ConfigError
 
 
 class Trained(NamedTuple):
@@ -46,3 +47,13 @@ def load(workdir: str, config: ExperimentConfig) -> Trained:
         step = checkpoints.latest()
         params = checkpoints.restore_params(step, sharding.abstract_params(model.init, config.model, mesh))
     return Trained(step, params, mesh)
+
+
+def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Raises ConfigError if the rows of an evaluation can't be split over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.evaluate.batch_size % shards:
+        raise ConfigError(
+            f"evaluate.batch_size={config.evaluate.batch_size} must be a multiple of {shards}, the devices that its "
+            "rows are split over"
+        )
