@@ -201,7 +201,7 @@ def _pass(
         totals, keys, values = read(params, batch, memory, totals)
         return write(memory, keys, values, batch.documents), totals
 
-    memory = _empty(config, run.capacity, mesh)
+    memory = empty_memory(config, run.capacity, mesh)
     bins = len(config.evaluate.position_bins) + 1
     totals = jax.device_put(Totals(np.zeros(bins, np.float32), np.zeros(bins, np.int32)), sharding.replicated(mesh))
     # A window without tokens changes nothing, and compiles everything.
@@ -281,7 +281,8 @@ def memory_sharding(mesh: Mesh) -> Memory:
     return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
 
 
-def _empty(config: ExperimentConfig, capacity: int, mesh: Mesh) -> Memory | None:
+def empty_memory(config: ExperimentConfig, capacity: int, mesh: Mesh) -> Memory | None:
+    """Returns an empty memory of `capacity` tokens for each of `evaluate.batch_size` rows; of 0 tokens, None."""
     if capacity == 0:
         return None
     m = config.model
