@@ -1,7 +1,9 @@
 """Eight CPU devices for every test, and the configs that tests share."""
 
 import atexit
+import dataclasses
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -17,6 +19,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 from fot import config as config_lib  # noqa: E402
+from fot import model  # noqa: E402
+from fot.checkpoint import Checkpointer  # noqa: E402
 
 
 @pytest.fixture
@@ -33,3 +37,34 @@ def tiny_config() -> config_lib.ExperimentConfig:
             memory=(0, 16, 64), neighbours=8, block=16, max_documents=2, max_tokens=64, position_bins=(16, 64)
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def workdirs(tmp_path_factory) -> pathlib.Path:
+    """A folder with two runs, focused/ and plain/, that never trained: step 7 of the same parameters."""
+    folder = tmp_path_factory.mktemp("runs")
+    for number in range(24):
+        lines = [f"word{number * line % 17} & line <{line}>" for line in range(12)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    base = config_lib.ExperimentConfig(
+        model=config_lib.ModelConfig(layers=2, dim=32, head_dim=8, mlp_dim=64, memory_layers=(1,), attention_block=8),
+        data=config_lib.DataConfig(
+            task=("files",),
+            files=(f"{folder}/*.txt",),
+            tokenizer="bytes",
+            context=8,
+            min_document_tokens=(16,),
+            held_out_fraction=0.5,
+            cache_dir=str(folder / "cache"),
+        ),
+        evaluate=config_lib.EvaluateConfig(
+            memory=(0, 64), neighbours=8, block=16, batch_size=4, contexts=(1, 4), windows=8, max_tokens=64
+        ),
+        mesh=config_lib.MeshConfig(tensor=2, fsdp=4),
+    )
+    params = jax.jit(lambda key: model.init(key, base.model))(jax.random.key(0))
+    for name, variant in (("focused", "previous"), ("plain", "none")):
+        run = dataclasses.replace(base, crossbatch=config_lib.CrossbatchConfig(variant=variant))
+        with Checkpointer(folder / name / "checkpoints", run.train) as checkpoints:
+            checkpoints.save(7, {"params": params}, {}, run)
+    return folder

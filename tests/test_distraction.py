@@ -12,7 +12,6 @@ import pytest
 from fot import config as config_lib
 from fot import model, sharding
 from fot.attention import Tokens
-from fot.checkpoint import Checkpointer
 from fot.crossbatch import Table
 from fot.data import corpus as corpora
 from fot.errors import ConfigError, DataError, UserError
@@ -24,19 +23,19 @@ T = 8
 COUNTS = (1, 2, 5)
 MODEL = config_lib.ModelConfig(
     vocab_size=64,
-    layers=3,
+    layers=2,
     dim=32,
     heads=4,
     kv_heads=2,
     head_dim=8,
     mlp_dim=64,
-    memory_layers=(0, 2),
+    memory_layers=(0, 1),
     attention_block=8,
 )
+MODEL = dataclasses.replace(MODEL, memory_positions="zero", qk_norm=False)
 MODELS = {
-    "small": MODEL,
-    "gate": dataclasses.replace(MODEL, memory_gate=True),
-    "longllama": dataclasses.replace(MODEL, memory_positions="zero", qk_norm=False, mlp="swiglu"),
+    "longllama": MODEL,
+    "gate": dataclasses.replace(MODEL, memory_gate=True, memory_positions="none", qk_norm=True),
 }
 GENERATOR = np.random.default_rng(0)
 CORPUS = corpora.from_arrays([GENERATOR.integers(3, 64, length) for length in (70, 17, 40, 33, 15)])
@@ -174,41 +173,14 @@ def test_labels_tell_runs_apart():
     assert list(found.values()) == ["runs/a/x (d = 1, 4)", "runs/b/x (plain)", "y (plain)"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder of text files and two runs on them."""
-    folder = tmp_path_factory.mktemp("distraction")
-    for number in range(24):
-        lines = [f"word{number * line % 17} and line {line}" for line in range(12)]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    for name, variant in (("focused", "previous"), ("plain", "none")):
-        run = config(dataclasses.replace(MODEL, vocab_size=512))
-        run = dataclasses.replace(
-            run,
-            data=dataclasses.replace(
-                run.data,
-                task=("files",),
-                files=(f"{folder}/*.txt",),
-                tokenizer="bytes",
-                min_document_tokens=(2 * T,),
-                held_out_fraction=0.5,
-                cache_dir=str(folder / "cache"),
-            ),
-            crossbatch=config_lib.CrossbatchConfig(variant=variant),
-            mesh=config_lib.MeshConfig(tensor=2, fsdp=4),
-        )
-        with Checkpointer(folder / name / "checkpoints", run.train) as checkpoints:
-            checkpoints.save(7, {"params": params(run.model)}, {}, run)
-    return folder
-
-
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as caught:
         command.main(["distraction", *map(str, words)])
     return caught.value.code
 
 
-def test_the_command_compares_runs(folder, capsys):
+def test_the_command_compares_runs(workdirs, capsys):
+    folder = workdirs
     assert run(f"--workdir={folder / 'focused'}", f"--against={folder / 'plain'}", f"--output={folder / 'out'}") == 0
     shown = capsys.readouterr().out
     assert "focused (d = 1): step 7" in shown and "1/d" in shown and "note:" not in shown
@@ -230,8 +202,8 @@ def test_the_command_compares_runs(folder, capsys):
         (("--workdir={}/plain", "--config.model.memory_layers="), "plain: model.memory_layers is empty"),
     ],
 )
-def test_errors_of_the_command(folder, words, message, capsys):
-    assert run(*(word.format(folder) for word in words)) == 2
+def test_errors_of_the_command(workdirs, words, message, capsys):
+    assert run(*(word.format(workdirs) for word in words)) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
 

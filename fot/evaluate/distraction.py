@@ -15,7 +15,7 @@ config, but for the groups evaluate and mesh. Prints tables, and writes distract
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -135,7 +135,7 @@ def evaluate(params: model.Params, config: ExperimentConfig, corpus: Corpus, mes
     pairs = choose(corpus, context, max(counts), config.evaluate.windows, config.data.seed)
     table_PC = others(pairs, max(counts))
     contexts = _read(params, config, corpus, pairs, mesh)
-    measure = _program(config.model, config.evaluate.block, mesh)
+    measure = _programs(config.model, config.evaluate.block, mesh).measure
     sums = {count: 0.0 for count in counts}
     for rows in _batches(pairs, config.evaluate.batch_size):
         batch = jax.device_put(_windows(corpus, pairs, rows, context, context), sharding.batch_sharding(mesh))
@@ -173,27 +173,40 @@ def _windows(corpus: Corpus, pairs: list[Pair], rows: np.ndarray, after: int, co
 
 def _read(params: model.Params, config: ExperimentConfig, corpus: Corpus, pairs: list[Pair], mesh: Mesh) -> Contexts:
     """Reads the previous context of every pair, each alone."""
-    heads = sharding.MESH_AXES["kv_heads"]
-    place = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, heads, None))
-
-    @functools.partial(jax.jit, out_shardings=(place, place))
-    def read(params, batch: Batch):
-        output = model.apply(params, batch.tokens, Tokens(batch.documents, batch.positions), config.model)
-        return output.keys, output.values
-
+    read, place = _programs(config.model, config.evaluate.block, mesh).read, sharding.batch_sharding(mesh)
     parts = [
-        read(
-            params, jax.device_put(_windows(corpus, pairs, rows, 0, config.data.context), sharding.batch_sharding(mesh))
-        )
+        read(params, jax.device_put(_windows(corpus, pairs, rows, 0, config.data.context), place))
         for rows in _batches(pairs, config.evaluate.batch_size)
     ]
     keys, values = (jnp.concatenate(each, axis=1)[:, : len(pairs)] for each in zip(*parts, strict=True))
     return Contexts(keys, values, np.array([pair.document for pair in pairs], np.int32))
 
 
+class _Programs(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+      read: (params, batch) -> keys and values [L, B, T, G, H].
+      measure: (params, batch, contexts, rows_BC, count) -> see `_measure`.
+    """
+
+    read: Callable
+    measure: Callable
+
+
 @functools.lru_cache(maxsize=16)  # models of one shape compile once
-def _program(config: ModelConfig, block: int, mesh: Mesh):
-    return jax.jit(functools.partial(_measure, config=config, block=block), out_shardings=sharding.replicated(mesh))
+def _programs(config: ModelConfig, block: int, mesh: Mesh) -> _Programs:
+    window = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, sharding.MESH_AXES["kv_heads"], None))
+
+    def read(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        output = model.apply(params, batch.tokens, Tokens(batch.documents, batch.positions), config)
+        return output.keys, output.values
+
+    measure = functools.partial(_measure, config=config, block=block)
+    return _Programs(
+        read=jax.jit(read, out_shardings=(window, window)),
+        measure=jax.jit(measure, out_shardings=sharding.replicated(mesh)),
+    )
 
 
 def _measure(
