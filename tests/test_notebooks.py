@@ -8,6 +8,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 
+STEPS = "300"  # of training, in notebooks that train; enough for what they claim
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -27,6 +28,7 @@ def test_there_are_notebooks():
 @pytest.mark.filterwarnings("default")  # Jupyter's own; those of a notebook's code don't come here
 def test_notebook_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("FOT_NOTEBOOK_STEPS", STEPS)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # no profile of the user's
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(ROOT)}}
