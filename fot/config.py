@@ -26,13 +26,17 @@ READER_NAMES = ("dense", "knn")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
+    "dictionary",
 )
+GENERATED_TASKS = ("dictionary",)  # made as they are read: no files, no tokenizer
 TASKS_THAT_NAME_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
 PACKINGS = ("strided", "released")
 MEMORY_MODES = ("single_doc", "multi_doc")
+DICTIONARY_FILLS = ("repeat", "pad")
+DICTIONARY_MARKS = 4  # tokens that are no symbol: <pad>, <k>, <v>, <q>
 
 
 def _require(condition: bool, message: str) -> None:
@@ -163,6 +167,7 @@ class CrossbatchConfig:
       d_schedule: "constant", "steps", "accuracy" or "random", over the phases of `d`.
       d_steps: for "steps", the steps at which the next phase of `d` begins.
       d_accuracy: for "accuracy", the training accuracy at which the next phase begins.
+      d_after: for "accuracy", the step before which no accuracy counts, as when the documents are still easy.
     """
 
     variant: str = "previous"
@@ -177,12 +182,14 @@ class CrossbatchConfig:
     d_schedule: str = "constant"
     d_steps: tuple[int, ...] = ()
     d_accuracy: float = 0.98
+    d_after: int = 0
 
     def __post_init__(self):
         _one_of(self, "variant", CROSSBATCH_VARIANTS)
         _one_of(self, "loss_rows", LOSS_ROWS)
         _one_of(self, "d_schedule", D_SCHEDULES)
         _positive(self, "packing", "w", "range")
+        _not_negative(self, "d_after")
         _require(len(self.d) > 0 and all(d > 0 for d in self.d), f"d={self.d} must name at least one d, each above 0")
         if self.variant == "previous":
             _require(
@@ -231,7 +238,7 @@ class DataConfig:
     a single entry holds for all of them.
 
     Attributes:
-      task: entries of `fot.data.tasks.TASKS`.
+      task: entries of `fot.data.tasks.TASKS`; or "dictionary", alone: see the fields of `dictionary`.
       files: glob of text or JSONL files, plain, .gz or .zst, for the tasks that read files; for task "seqio" the name
         of a registered task, or "module:name"; for "c4" and "pg19" the data folder of TensorFlow Datasets.
       field: for JSONL files and task "seqio": the field that holds the text; "a.b" is field b of field a.
@@ -295,6 +302,10 @@ class DataConfig:
                 f"files is empty: name {'a registered task' if source.task == 'seqio' else 'a glob of files'} "
                 f"for task={source.task}",
             )
+            _require(
+                source.task not in GENERATED_TASKS or count == 1,
+                f"task={self.task}: {source.task} has a vocabulary of its own, so it can't be mixed with other sources",
+            )
             _require(source.weight > 0, f"weights={self.weights} must be greater than 0")
             _require(source.min_document_tokens >= 0, "min_document_tokens must be 0 or greater")
 
@@ -306,6 +317,84 @@ class DataConfig:
         return tuple(
             SourceConfig(*row) for row in zip(*(column * (count // len(column)) for column in columns), strict=True)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryConfig:
+    """Dictionary lookup, for `data.task=dictionary` (FoT, Appendix D).
+
+    A document defines records, `<k> key <v> value`, and then asks for them, `<q> key <v> value`; the loss counts values
+    that were asked for, alone. Documents are made as they are read; each batch has new ones.
+
+    Attributes:
+      symbols: different tokens that keys and values are made of; <pad>, <k>, <v> and <q> come
+        before them in the vocabulary.
+      key_tokens: tokens of a key.
+      value_tokens: tokens of a value.
+      document: tokens of a training document; `data.context` × `crossbatch.packing`, so that a pack is a document.
+      window: tokens that hold whole records, the rest being <pad>; the last window of a document asks, those before it
+        define.
+      records: different records of a training document, for each phase of the curriculum; 0 is as many as fit.
+      records_steps: the steps at which the next phase begins.
+      fill: what takes the places that fewer records leave: "repeat" (they are defined and asked for again) or "pad".
+      confusable: share of the keys of a training document that have all tokens but one in common with a key of each
+        neighbouring document.
+      confusable_documents: consecutive documents that are neighbours.
+    """
+
+    symbols: int = 60
+    key_tokens: int = 4
+    value_tokens: int = 4
+    document: int = 512
+    window: int = 256
+    records: tuple[int, ...] = (0,)
+    records_steps: tuple[int, ...] = ()
+    fill: str = "repeat"
+    confusable: float = 0.0
+    confusable_documents: int = 32
+
+    def __post_init__(self):
+        _positive(self, "symbols", "key_tokens", "value_tokens", "document", "window", "confusable_documents")
+        _one_of(self, "fill", DICTIONARY_FILLS)
+        _require(
+            self.window_records > 0,
+            f"window={self.window} tokens can't hold a record of {self.record_tokens}: raise window",
+        )
+        _require(
+            self.document % self.window == 0 and self.document > self.window,
+            f"document={self.document} must be a multiple of window={self.window}, at least 2 windows",
+        )
+        most = self.window_records * (self.document // self.window - 1)
+        _require(
+            self.symbols**self.key_tokens >= most,
+            f"symbols={self.symbols} and key_tokens={self.key_tokens} make {self.symbols**self.key_tokens} keys but a "
+            f"document defines {most}: raise one of them",
+        )
+        _require(
+            len(self.records) > 0 and all(0 <= count <= most for count in self.records),
+            f"records={self.records} must be 0 to {most}, what a document has room for",
+        )
+        _require(
+            len(self.records_steps) == len(self.records) - 1
+            and list(self.records_steps) == sorted(set(self.records_steps)),
+            f"records_steps={self.records_steps} must be {len(self.records) - 1} ascending steps, one less than the "
+            "phases of records",
+        )
+        _require(0 <= self.confusable <= 1, f"confusable={self.confusable} must be in [0, 1]")
+        _require(
+            self.confusable == 0 or self.confusable_documents <= self.symbols,
+            f"confusable_documents={self.confusable_documents} differ in one token of symbols={self.symbols}: lower it",
+        )
+
+    @property
+    def record_tokens(self) -> int:
+        """Tokens of a definition, or of a question with its answer."""
+        return self.key_tokens + self.value_tokens + 2
+
+    @property
+    def window_records(self) -> int:
+        """Whole records that a window holds."""
+        return self.window // self.record_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,6 +549,7 @@ class ExperimentConfig:
     model: ModelConfig = ModelConfig()
     crossbatch: CrossbatchConfig = CrossbatchConfig()
     data: DataConfig = DataConfig()
+    dictionary: DictionaryConfig = DictionaryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
@@ -495,6 +585,25 @@ class ExperimentConfig:
         _require(
             crossbatch.variant == "none" or len(self.model.memory_layers) > 0,
             "model.memory_layers is empty: crossbatch needs a memory layer, or set crossbatch.variant=none",
+        )
+        if "dictionary" in self.data.task:
+            self._check_dictionary()
+
+    def _check_dictionary(self) -> None:
+        dictionary, context = self.dictionary, self.data.context
+        _require(
+            dictionary.symbols + DICTIONARY_MARKS <= self.model.vocab_size,
+            f"dictionary.symbols={dictionary.symbols} and {DICTIONARY_MARKS} marks need model.vocab_size="
+            f"{self.model.vocab_size} to be at least {dictionary.symbols + DICTIONARY_MARKS}",
+        )
+        _require(
+            context * self.crossbatch.packing == dictionary.document,
+            f"data.context={context} × crossbatch.packing={self.crossbatch.packing} must be dictionary.document="
+            f"{dictionary.document}: a pack is a document",
+        )
+        _require(
+            context % dictionary.window == 0,
+            f"data.context={context} must be a multiple of dictionary.window={dictionary.window}",
         )
 
 
