@@ -34,6 +34,7 @@ WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
 PACKINGS = ("strided", "released")
+MEMORY_DTYPES = ("compute", *DTYPES)
 MEMORY_MODES = ("single_doc", "multi_doc")
 DICTIONARY_FILLS = ("repeat", "pad")
 DICTIONARY_MARKS = 4  # tokens that are no symbol: <pad>, <k>, <v>, <q>
@@ -501,7 +502,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Perplexity on held-out documents by memory length (FoT, section 4).
+    """Perplexity, or accuracy of dictionary lookup, by memory length (FoT, section 4 and Appendix D).
 
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
@@ -513,6 +514,9 @@ class EvaluateConfig:
       max_documents: evaluate on this many held-out documents at the most; 0 is all.
       max_tokens: read this many tokens of a document at the most; 0 is all.
       position_bins: upper ends, in tokens, of the bins of the table by position in the document.
+      memory_dtype: dtype of the keys and values that a dictionary's memory holds; "compute" is `model.compute_dtype`.
+      questions: windows of questions put to a dictionary at each memory length.
+      plain_tokens: definitions that a plain transformer reads at the most, in tokens: its time grows with their square.
     """
 
     memory: tuple[int, ...] = (0, 256, 1024, 4096, 16384)
@@ -524,9 +528,13 @@ class EvaluateConfig:
     max_documents: int = 0
     max_tokens: int = 0
     position_bins: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
+    memory_dtype: str = "compute"
+    questions: int = 16
+    plain_tokens: int = 16384
 
     def __post_init__(self):
-        _positive(self, "neighbours", "block", "batch_size")
+        _positive(self, "neighbours", "block", "batch_size", "questions", "plain_tokens")
+        _one_of(self, "memory_dtype", MEMORY_DTYPES)
         _not_negative(self, "max_documents", "max_tokens")
         _require(
             len(self.memory) > 0 and all(m >= 0 for m in self.memory) and list(self.memory) == sorted(set(self.memory)),

@@ -110,19 +110,38 @@ def test_a_document_is_a_function_of_its_seed_split_and_number(settings):
     assert len(set(texts)) == len(texts) or settings == SETTINGS["every key"]
 
 
-def test_keys_of_sixteen_million_tokens_are_different():
+@pytest.mark.parametrize("settings", [SETTINGS["small"], SETTINGS["every key"]], ids=str)
+def test_a_dictionary_has_every_key_once(settings):
+    config = DictionaryConfig(**settings)
+    whole = dictionary.Dictionary(config, 3)
+    windows = [whole.definitions(i) for i in range(whole.windows)]
+    defined = records(windows, config, dictionary.KEY)
+    assert len(dict(defined)) == len(defined) == whole.windows * config.window_records
+    assert len(defined) > config.symbols**config.key_tokens - config.window_records
+    other = dictionary.Dictionary(config, 4)
+    assert [other.definitions(i).tolist() for i in range(whole.windows)] != [each.tolist() for each in windows]
+    for count in (1, whole.windows):
+        asked = [records([whole.questions(count, i)], config, dictionary.QUERY) for i in range(200)]
+        known = dict(records(windows[:count], config, dictionary.KEY))
+        for one in asked:
+            assert len(dict(one)) == len(one) == config.window_records
+            assert all(known[key] == value for key, value in one)
+        assert {key for one in asked for key, _ in one} == set(known)  # all of it is asked for
+
+
+def test_a_dictionary_of_sixteen_million_tokens_has_keys_enough():
     config = DictionaryConfig()
-    count = 16 * 2**20 // config.window * config.window_records
-    found = dictionary.draw(config, count, np.random.default_rng(0))
-    numbers = found.keys @ config.symbols ** np.arange(config.key_tokens)
-    assert len(np.unique(numbers)) == count > 1_600_000
-    np.testing.assert_allclose(np.bincount(found.keys.ravel()) / found.keys.size * config.symbols, 1, atol=0.02)
-
-
-def test_more_records_than_keys_names_the_fields():
-    config = DictionaryConfig(symbols=2, key_tokens=2, value_tokens=1, document=40, window=20)
-    with pytest.raises(DataError, match=r"dictionary\.symbols=2.*5 records"):
-        dictionary.draw(config, 5, np.random.default_rng(0))
+    whole = dictionary.Dictionary(config, 0)
+    assert whole.windows * config.window > 16 * 2**20
+    # Of windows far from each other, as numbers: shuffled places are different where places are.
+    places = [
+        np.array([key for key, _ in records([whole.definitions(i)], config, dictionary.KEY)])
+        for i in range(0, 65536, 997)
+    ]
+    numbers = (np.concatenate(places) - 4) @ config.symbols ** np.arange(config.key_tokens)
+    assert len(np.unique(numbers)) == len(numbers) == 66 * 25
+    digits = np.bincount(np.concatenate(places).ravel() - 4, minlength=60)
+    assert digits.min() > 60 and digits.max() < 170  # 110 each; 5 standard deviations
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fot.config import DICTIONARY_MARKS, DictionaryConfig, ExperimentConfig
-from fot.data import cache, tasks
+from fot.data import cache, permutation, tasks
 from fot.data.tokenizer import Tokenizer
 from fot.errors import DataError
 
@@ -23,7 +23,7 @@ DOCUMENTS = 2**31 - 1  # of a split: as many as int32 can number
 KEPT = 4096  # documents that are not made anew for each of their rows
 
 # What random numbers are for comes first in their seed, so that none are drawn twice.
-_DOCUMENT, _NEIGHBOURS = range(2)
+_DOCUMENT, _NEIGHBOURS, _WINDOW, _QUESTIONS = range(4)
 
 
 class Records(NamedTuple):
@@ -37,7 +37,7 @@ class Records(NamedTuple):
     keys: np.ndarray
     values: np.ndarray
 
-    def take(self, index: np.ndarray) -> "Records":
+    def take(self, index: Sequence[int] | np.ndarray) -> "Records":
         """Returns the records at `index`."""
         return Records(self.keys[index], self.values[index])
 
@@ -101,6 +101,47 @@ class Endless(NamedTuple):
         return counted[start:stop].astype(np.float32)
 
 
+class Dictionary(NamedTuple):
+    """One dictionary of windows of definitions, as many as there are keys for, each made when it is asked for.
+
+    Attributes:
+      config: of the records; all their keys are different.
+      seed: of keys, values and questions.
+    """
+
+    config: DictionaryConfig
+    seed: int
+
+    @property
+    def windows(self) -> int:
+        """How many windows of definitions there are keys for."""
+        return self.config.symbols**self.config.key_tokens // self.config.window_records
+
+    def definitions(self, window: int) -> np.ndarray:
+        """Returns the token ids of a window of definitions, int32 [config.window]."""
+        return definitions(self._records(window), self.config)[0]
+
+    def questions(self, windows: int, number: int) -> np.ndarray:
+        """Returns token ids that ask for records of the first windows, each at most once, int32 [config.window].
+
+        Args:
+          windows: how many windows of definitions there are.
+          number: each has other questions.
+        """
+        config = self.config
+        random = np.random.default_rng((_QUESTIONS, self.seed, windows, number))
+        chosen = random.choice(windows * config.window_records, config.window_records, replace=False)
+        each = [self._records(i // config.window_records).take([i % config.window_records]) for i in chosen.tolist()]
+        return questions(Records(*map(np.concatenate, zip(*each, strict=True))), config)[0]
+
+    def _records(self, window: int) -> Records:
+        config, count = self.config, self.config.window_records
+        total = config.symbols**config.key_tokens
+        places = range(window * count, (window + 1) * count)
+        keys = np.array([permutation.shuffled(place, total, self.seed, "dictionary") for place in places])
+        return _with_values(keys, config, np.random.default_rng((_WINDOW, self.seed, window)))
+
+
 def endless(config: ExperimentConfig, split: str) -> Endless:
     """Returns the documents of a split: of training, those of its curriculum; held out, of the task as it ends."""
     dictionary, packs = config.dictionary, config.data.batch_size // config.crossbatch.packing
@@ -129,15 +170,6 @@ def tokenizer(config: DictionaryConfig) -> Tokenizer:
         return " ".join(names[token] for token in tokens if token < len(names))
 
     return Tokenizer(encode_batch, decode, len(names), PAD, PAD, f"dictionary-{config.symbols}")
-
-
-def draw(config: DictionaryConfig, count: int, random: np.random.Generator) -> Records:
-    """Returns records whose keys are all different, each set of keys as likely as any other.
-
-    Raises:
-      DataError: there aren't as many keys.
-    """
-    return _with_values(_uniform(config, count, random), config, random)
 
 
 def definitions(records: Records, config: DictionaryConfig) -> np.ndarray:
@@ -197,7 +229,8 @@ def _keys(part: Endless, number: int, count: int, random: np.random.Generator) -
     config = part.config
     confusable = _confusable(part, number, round(config.confusable * count))
     # Of `count` different keys, those that are confusable ones too are at most as many as these.
-    together = np.concatenate([confusable, _uniform(config, count, random)])
+    others = random.choice(config.symbols**config.key_tokens, count, replace=False)
+    together = np.concatenate([confusable, others])
     first = np.unique(together, return_index=True)[1]
     return random.permutation(together[np.sort(first)][:count])
 
@@ -216,16 +249,6 @@ def _confusable(part: Endless, number: int, count: int) -> np.ndarray:
     orders = random.permuted(np.tile(np.arange(config.symbols), (count, 1)), axis=1)
     keys[np.arange(count), where] = orders[:, place]
     return keys @ config.symbols ** np.arange(config.key_tokens)
-
-
-def _uniform(config: DictionaryConfig, count: int, random: np.random.Generator) -> np.ndarray:
-    total = config.symbols**config.key_tokens
-    if count > total:
-        raise DataError(
-            f"dictionary.symbols={config.symbols} and dictionary.key_tokens={config.key_tokens} make {total} keys, "
-            f"less than the {count} records of this dictionary: raise one of them"
-        )
-    return random.choice(total, count, replace=False)
 
 
 def _with_values(keys: np.ndarray, config: DictionaryConfig, random: np.random.Generator) -> Records:

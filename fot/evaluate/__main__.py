@@ -12,10 +12,10 @@ from typing import NoReturn
 
 from fot import cli
 from fot.errors import UserError
-from fot.evaluate import perplexity
+from fot.evaluate import dictionary, perplexity
 
 # Each module has `Flags`, `main(config, flags)` and `load(flags)`, as `fot.cli.run` takes them.
-EVALUATIONS: dict[str, ModuleType] = {"perplexity": perplexity}
+EVALUATIONS: dict[str, ModuleType] = {"perplexity": perplexity, "dictionary": dictionary}
 
 
 def main(argv: Sequence[str]) -> NoReturn:

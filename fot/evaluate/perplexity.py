@@ -332,6 +332,10 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     if flags.split not in tasks.SPLITS:
         raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
+    generated = set(config_lib.GENERATED_TASKS).intersection(config.data.task)
+    if generated:
+        [task] = generated
+        raise UserError(f"documents of data.task={task} have no end: run python -m fot.evaluate {task} instead")
     workdir = pathlib.Path(flags.workdir)
     output = pathlib.Path(flags.output or flags.workdir)
     trained = trained_model.load(flags.workdir, config)
