@@ -194,13 +194,24 @@ def _read(params: model.Params, tokens_BT: jax.Array, *, config: ModelConfig) ->
 
 
 def _write(memory: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.Array) -> Memory:
-    """Appends rows to the one row of a memory."""
+    """Puts rows behind what the one row of a memory holds; rows of document -1 come last, and leave empty slots."""
 
-    def joined(x_LBTGH):
-        L, B, T, G, H = x_LBTGH.shape
-        return x_LBTGH.reshape(L, 1, B * T, G, H)
+    def put(held, new_LBTGH):
+        L, B, T, G, H = new_LBTGH.shape
+        new = new_LBTGH.reshape(L, 1, B * T, G, H).swapaxes(2, 3).astype(held.dtype)
+        # As integers: to update bfloat16, XLA's CPU backend would convert all that is held to float32 and back.
+        bits = jnp.dtype(f"uint{8 * held.dtype.itemsize}")
+        held_bits, new_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (held, new))
+        updated = jax.lax.dynamic_update_slice_in_dim(held_bits, new_bits, memory.written[0], axis=3)
+        return jax.lax.bitcast_convert_type(updated, held.dtype)
 
-    return memories.write(memory, joined(keys), joined(values), documents_BT.reshape(1, -1))
+    documents = documents_BT.reshape(1, -1)
+    return Memory(
+        put(memory.keys, keys),
+        put(memory.values, values),
+        jax.lax.dynamic_update_slice_in_dim(memory.documents, documents, memory.written[0], axis=1),
+        memory.written + (documents >= 0).sum(1, dtype=jnp.int32),
+    )
 
 
 def _row_tokens(tokens_BT: jax.Array) -> Tokens:
@@ -241,13 +252,14 @@ def _sharding(mesh: Mesh) -> Memory:
     return Memory(pairs, pairs, sharding.replicated(mesh), sharding.replicated(mesh))
 
 
-def _empty(config: ExperimentConfig, capacity: int, mesh: Mesh) -> Memory:
+def _empty(config: ExperimentConfig, length: int, mesh: Mesh) -> Memory:
+    """Returns a memory for so many tokens, with room behind them for the rows that the last `_write` leaves empty."""
     m, dtype = config.model, config.evaluate.memory_dtype
     make = functools.partial(
         memories.empty,
         layers=len(m.memory_layers),
         rows=1,
-        capacity=capacity,
+        capacity=length + (config.evaluate.batch_size - 1) * config.dictionary.window,
         kv_heads=m.kv_heads,
         head_dim=m.head_dim,
         dtype=jnp.dtype(m.compute_dtype if dtype == "compute" else dtype),
