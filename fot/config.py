@@ -33,6 +33,7 @@ BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
 PACKINGS = ("strided", "released")
 MEMORY_MODES = ("single_doc", "multi_doc")
+OVERFLOWS = ("drop_oldest", "refuse")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -419,6 +420,8 @@ class EvaluateConfig:
       readers: entries of `fot.readers.table.READERS` to evaluate.
       neighbours: entries that the reader "knn" retrieves per query and head, k.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
+      overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
+      windows: windows of a row read at once while a memory is filled, with one memory layer; changes no result.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.
       batch_size: documents read side by side.
       max_documents: evaluate on this many held-out documents at the most; 0 is all.
@@ -430,6 +433,8 @@ class EvaluateConfig:
     readers: tuple[str, ...] = ("dense", "knn")
     neighbours: int = 128
     block: int = 1024
+    overflow: str = "drop_oldest"
+    windows: int = 4
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8
     max_documents: int = 0
@@ -437,7 +442,8 @@ class EvaluateConfig:
     position_bins: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
 
     def __post_init__(self):
-        _positive(self, "neighbours", "block", "batch_size")
+        _positive(self, "neighbours", "block", "windows", "batch_size")
+        _one_of(self, "overflow", OVERFLOWS)
         _not_negative(self, "max_documents", "max_tokens")
         _require(
             len(self.memory) > 0 and all(m >= 0 for m in self.memory) and list(self.memory) == sorted(set(self.memory)),
