@@ -38,6 +38,7 @@ MEMORY_DTYPES = ("compute", *DTYPES)
 MEMORY_MODES = ("single_doc", "multi_doc")
 DICTIONARY_FILLS = ("repeat", "pad")
 DICTIONARY_MARKS = 4  # tokens that are no symbol: <pad>, <k>, <v>, <q>
+OVERFLOWS = ("drop_oldest", "refuse")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -509,6 +510,8 @@ class EvaluateConfig:
       readers: entries of `fot.readers.table.READERS` to evaluate.
       neighbours: entries that the reader "knn" retrieves per query and head, k.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
+      overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
+      windows: windows of a row read at once while a memory is filled, with one memory layer; changes no result.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.
       batch_size: documents read side by side.
       max_documents: evaluate on this many held-out documents at the most; 0 is all.
@@ -523,6 +526,8 @@ class EvaluateConfig:
     readers: tuple[str, ...] = ("dense", "knn")
     neighbours: int = 128
     block: int = 1024
+    overflow: str = "drop_oldest"
+    windows: int = 4
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8
     max_documents: int = 0
@@ -533,7 +538,8 @@ class EvaluateConfig:
     plain_tokens: int = 16384
 
     def __post_init__(self):
-        _positive(self, "neighbours", "block", "batch_size", "questions", "plain_tokens")
+        _positive(self, "neighbours", "block", "windows", "batch_size", "questions", "plain_tokens")
+        _one_of(self, "overflow", OVERFLOWS)
         _one_of(self, "memory_dtype", MEMORY_DTYPES)
         _not_negative(self, "max_documents", "max_tokens")
         _require(

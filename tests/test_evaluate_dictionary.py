@@ -35,7 +35,7 @@ LENGTHS = (32, 256, 768)  # the last has all 144 keys
 
 
 def config(**evaluate) -> config_lib.ExperimentConfig:
-    defaults = dict(memory=LENGTHS, readers=("knn",), neighbours=2, block=64, batch_size=3, questions=5)
+    defaults = dict(memory=LENGTHS, readers=("knn",), neighbours=2, block=64, windows=3, questions=5)
     return config_lib.ExperimentConfig(
         model=MODEL,
         data=config_lib.DataConfig(task=("dictionary",), context=32),

@@ -152,7 +152,7 @@ def _load(
     """Writes windows of definitions into the memory, some side by side, as none has to see another."""
     read, write = _loading(config.model, mesh)
     began = time.perf_counter()
-    for tokens, documents in _batches(asked, windows, config.evaluate.batch_size):
+    for tokens, documents in _batches(asked, windows, config.evaluate.windows):
         keys, values = read(params, tokens)
         memory = write(memory, keys, values, documents)
         progress.update(int((documents >= 0).sum()))
@@ -182,15 +182,14 @@ class _Loading(NamedTuple):
 def _loading(config: ModelConfig, mesh: Mesh) -> _Loading:
     window = NamedSharding(mesh, PartitionSpec(None, None, None, sharding.MESH_AXES["kv_heads"], None))
     return _Loading(
-        jax.jit(functools.partial(_read, config=config), out_shardings=(window, window)),
+        jax.jit(functools.partial(_read, config=config), out_shardings=model.Entries(window, window)),
         jax.jit(_write, out_shardings=_sharding(mesh), donate_argnums=0),
     )
 
 
-def _read(params: model.Params, tokens_BT: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns keys and values; XLA leaves out what none of them depends on, such as later layers."""
-    output = model.apply(params, tokens_BT, _row_tokens(tokens_BT), config)
-    return output.keys, output.values
+def _read(params: model.Params, tokens_BT: jax.Array, *, config: ModelConfig) -> model.Entries:
+    """Returns keys and values [L, B, T, G, H] of windows that see nothing else, as the definitions of training."""
+    return model.memory_entries(params, tokens_BT, _row_tokens(tokens_BT), config)
 
 
 def _write(memory: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.Array) -> Memory:
@@ -259,7 +258,7 @@ def _empty(config: ExperimentConfig, length: int, mesh: Mesh) -> Memory:
         memories.empty,
         layers=len(m.memory_layers),
         rows=1,
-        capacity=length + (config.evaluate.batch_size - 1) * config.dictionary.window,
+        capacity=length + (config.evaluate.windows - 1) * config.dictionary.window,
         kv_heads=m.kv_heads,
         head_dim=m.head_dim,
         dtype=jnp.dtype(m.compute_dtype if dtype == "compute" else dtype),
