@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot.config import CrossbatchConfig, DataConfig, DictionaryConfig, ExperimentConfig, ModelConfig
+from fot import metrics, train
+from fot.config import (
+    CrossbatchConfig,
+    DataConfig,
+    DictionaryConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from fot.data import corpus, dictionary, loader, mixture, rows, tasks
 from fot.errors import ConfigError, DataError
 
@@ -262,3 +272,32 @@ def test_a_pack_that_is_no_document_and_a_vocabulary_too_small_are_refused():
         assert text in str(error.value)
     with pytest.raises(ConfigError, match="can't be mixed"):
         DataConfig(task=("dictionary", "python_stdlib"))
+
+
+def test_a_run_that_stops_and_goes_on_reads_what_the_whole_run_reads(tmp_path):
+    """Through a phase of records, and with a d that grows by accuracy, but not before its time."""
+    small = experiment(
+        records=(1, 0), records_steps=(3,), symbols=2, key_tokens=2, value_tokens=1, document=20, window=10
+    )
+    config = dataclasses.replace(
+        small,
+        model=ModelConfig(
+            vocab_size=8, layers=2, dim=16, heads=2, kv_heads=2, head_dim=8, mlp_dim=16, memory_layers=(1,)
+        ),
+        crossbatch=CrossbatchConfig(d=(1, 2), d_schedule="accuracy", d_accuracy=0.01, d_after=5, loss_rows="last"),
+        optimizer=OptimizerConfig(schedule="constant", learning_rate=1e-2, warmup_steps=1),
+        mesh=MeshConfig(data=8, fsdp=1),
+    )
+
+    def run(folder, steps):
+        settings = TrainConfig(steps=steps, log_every=1, evaluate_every=8, evaluate_batches=1)
+        train.train(dataclasses.replace(config, train=settings), tmp_path / folder, lambda line: None)
+        return metrics.read_metrics(tmp_path / folder / "metrics.jsonl")
+
+    whole = run("whole", 8)
+    run("parts", 6)
+    names = ("step", "loss", "accuracy", "d", "batch_checksum", "held_out/loss", "held_out/accuracy_with_contexts")
+    left, right = ([[line.get(name) for name in names] for line in lines] for lines in (whole, run("parts", 8)))
+    assert left == right
+    assert [line["d"] for line in whole] == [1] * 6 + [2] * 2
+    assert 0 <= whole[-1]["held_out/accuracy"] <= 1

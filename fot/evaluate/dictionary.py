@@ -198,11 +198,12 @@ def _write(memory: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax
     def put(held, new_LBTGH):
         L, B, T, G, H = new_LBTGH.shape
         new = new_LBTGH.reshape(L, 1, B * T, G, H).swapaxes(2, 3).astype(held.dtype)
-        # As integers: to update bfloat16, XLA's CPU backend would convert all that is held to float32 and back.
-        bits = jnp.dtype(f"uint{8 * held.dtype.itemsize}")
-        held_bits, new_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (held, new))
-        updated = jax.lax.dynamic_update_slice_in_dim(held_bits, new_bits, memory.written[0], axis=3)
-        return jax.lax.bitcast_convert_type(updated, held.dtype)
+        if held.dtype != jnp.bfloat16:
+            return jax.lax.dynamic_update_slice_in_dim(held, new, memory.written[0], axis=3)
+        # As integers: XLA's CPU backend would convert all that is held to float32 and back.
+        held, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (held, new))
+        updated = jax.lax.dynamic_update_slice_in_dim(held, new, memory.written[0], axis=3)
+        return jax.lax.bitcast_convert_type(updated, jnp.bfloat16)
 
     documents = documents_BT.reshape(1, -1)
     return Memory(
