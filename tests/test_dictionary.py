@@ -296,8 +296,10 @@ def test_a_run_that_stops_and_goes_on_reads_what_the_whole_run_reads(tmp_path):
 
     whole = run("whole", 8)
     run("parts", 6)
-    names = ("step", "loss", "accuracy", "d", "batch_checksum", "held_out/loss", "held_out/accuracy_with_contexts")
-    left, right = ([[line.get(name) for name in names] for line in lines] for lines in (whole, run("parts", 8)))
+    parts = run("parts", 8)
+    names = ("step", "loss", "accuracy", "d", "batch_checksum")
+    left, right = ([[line[name] for name in names] for line in lines] for lines in (whole, parts))
     assert left == right
     assert [line["d"] for line in whole] == [1] * 6 + [2] * 2
-    assert 0 <= whole[-1]["held_out/accuracy"] <= 1
+    assert whole[-1]["held_out/loss_with_contexts"] == parts[-1]["held_out/loss_with_contexts"]
+    assert 0 <= whole[-1]["held_out/accuracy_with_contexts"] == parts[-1]["held_out/accuracy_with_contexts"] <= 1
