@@ -6,10 +6,10 @@ TEST_STAMP := .venv/.installed-test
 # On a CPU, huge pages spare a train step most of its page faults; elsewhere this does nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help .venv demo test test-slow lint format clean
+.PHONY: help .venv demo dictionary dictionary-plain test test-slow lint format clean
 
 help:  ## Show this list.
-	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-23s %s\n", $$1, $$2 }'
 
 .venv: $(TEST_STAMP)  ## Make the virtual environment, with all that the tests need; again when requirements change.
 
@@ -26,6 +26,14 @@ $(TEST_STAMP): $(STAMP)
 
 demo: $(STAMP)  ## Train and evaluate a small Focused Transformer, at most 20 minutes on 2 cores; results in runs/demo.
 	$(BIN)/python -m fot.demo --config=configs/demo.py --workdir=runs/demo
+
+dictionary: $(STAMP)  ## Train dictionary lookup and evaluate it up to 1M tokens of memory; results in runs/dictionary_tiny.
+	$(BIN)/python -m fot.train --config=configs/dictionary_tiny.py --workdir=runs/dictionary_tiny
+	$(BIN)/python -m fot.evaluate dictionary --workdir=runs/dictionary_tiny
+
+dictionary-plain: dictionary  ## The same with a plain transformer beside it, trained as long; results in the same folder.
+	$(BIN)/python -m fot.train --config=configs/dictionary_plain.py --workdir=runs/dictionary_plain
+	$(BIN)/python -m fot.evaluate dictionary --workdir=runs/dictionary_tiny --plain=runs/dictionary_plain
 
 test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow.
 	$(BIN)/python -m pytest -m "not slow"

@@ -39,7 +39,8 @@ from configs import code_small
 from fot import config as config_lib
 from fot.config import ExperimentConfig
 from fot.data import corpus, loader, mixture, rows, tokenizer
-from fot.data.corpus import Corpus, Part
+from fot.data.corpus import Corpus
+from fot.data.stored import Stored
 from fot.errors import UserError
 
 Line = dict[str, Any]
@@ -124,12 +125,12 @@ def cached(arguments: argparse.Namespace) -> Line:
     return through(config)
 
 
-def generated(count: int) -> Part:
+def generated(count: int) -> Stored:
     """Returns a source of `count` documents of 16 to 47 tokens."""
     random = np.random.default_rng(count)
     offsets = np.concatenate([[0], np.cumsum(random.integers(16, 48, count))])
     tokens = random.integers(0, 2**16, offsets[-1], np.uint16)
-    return Part("generated", tokens, offsets, np.zeros(0, np.uint8), np.zeros(count + 1, np.int64), str(count), None)
+    return Stored("generated", tokens, offsets, np.zeros(0, np.uint8), np.zeros(count + 1, np.int64), str(count), None)
 
 
 def resume(arguments: argparse.Namespace) -> Line:

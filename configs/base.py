@@ -43,6 +43,34 @@ def paper() -> ml_collections.ConfigDict:
     return config
 
 
+def paper_37m() -> ml_collections.ConfigDict:
+    """Returns the paper's 37M: vocabulary 64, context 256, d from 1 to 128 at 98% accuracy (FoT, Appendix D).
+
+    A batch is 128 documents of 512 tokens (64k): definitions in the first row, C_prev, and questions in the second.
+    """
+    config = paper()
+    config.model.vocab_size = 64
+    config.model.dim = 512
+    config.model.heads = config.model.kv_heads = 8
+    config.model.head_dim = 64
+    config.model.mlp_dim = 2048
+    config.crossbatch.d = (1, 128)
+    config.crossbatch.d_schedule = "accuracy"
+    config.crossbatch.d_accuracy = 0.98
+    config.data.context = 256
+    config.data.batch_size = 256
+    config.data.min_document_tokens = (512,)
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.min_learning_rate = 0.01
+    config.train.steps = 5_000
+    config.train.evaluate_every = 200
+    config.train.checkpoint_every = 500
+    config.train.keep_every = 0
+    config.evaluate.neighbours = 32
+    config.evaluate.memory = (0, 256, 4096, 16384, 65536)
+    return config
+
+
 def paper_large() -> ml_collections.ConfigDict:
     """Returns what the paper's two large models share (FoT, section 4): vocabulary of 64k, context 2048, d = 2."""
     config = paper()
@@ -114,3 +142,18 @@ def cluster(config: ml_collections.ConfigDict) -> None:
     config.train.checkpoint_every = 1000
     config.train.keep_every = 10_000
     config.evaluate.max_documents = 256
+
+
+def dictionary(config: ml_collections.ConfigDict) -> None:
+    """Sets dictionary lookup: definitions in C_prev, questions in C_curr, the loss on these alone (FoT, Appendix D)."""
+    config.model.vocab_size = 64
+    config.crossbatch.variant = "previous"
+    config.crossbatch.packing = 2
+    config.crossbatch.loss_rows = "last"
+    config.crossbatch.d_schedule = "accuracy"
+    config.crossbatch.d_accuracy = 0.98
+    config.data.task = ("dictionary",)
+    config.data.files = ("",)
+    config.data.context = 256
+    config.evaluate.readers = ("knn",)
+    config.evaluate.neighbours = 32

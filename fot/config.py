@@ -26,13 +26,19 @@ READER_NAMES = ("dense", "knn")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
+    "dictionary",
 )
+GENERATED_TASKS = ("dictionary",)  # made as they are read: no files, no tokenizer
 TASKS_THAT_NAME_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
 TOKENIZERS = ("bytes", "trained", "file")
 PACKINGS = ("strided", "released")
+MEMORY_DTYPES = ("compute", *DTYPES)
 MEMORY_MODES = ("single_doc", "multi_doc")
+DICTIONARY_FILLS = ("repeat", "pad")
+DICTIONARY_MARKS = 4  # tokens that are no symbol: <pad>, <k>, <v>, <q>
+OVERFLOWS = ("drop_oldest", "refuse")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -163,6 +169,7 @@ class CrossbatchConfig:
       d_schedule: "constant", "steps", "accuracy" or "random", over the phases of `d`.
       d_steps: for "steps", the steps at which the next phase of `d` begins.
       d_accuracy: for "accuracy", the training accuracy at which the next phase begins.
+      d_after: for "accuracy", the step before which no accuracy counts, as when the documents are still easy.
     """
 
     variant: str = "previous"
@@ -177,12 +184,14 @@ class CrossbatchConfig:
     d_schedule: str = "constant"
     d_steps: tuple[int, ...] = ()
     d_accuracy: float = 0.98
+    d_after: int = 0
 
     def __post_init__(self):
         _one_of(self, "variant", CROSSBATCH_VARIANTS)
         _one_of(self, "loss_rows", LOSS_ROWS)
         _one_of(self, "d_schedule", D_SCHEDULES)
         _positive(self, "packing", "w", "range")
+        _not_negative(self, "d_after")
         _require(len(self.d) > 0 and all(d > 0 for d in self.d), f"d={self.d} must name at least one d, each above 0")
         if self.variant == "previous":
             _require(
@@ -231,7 +240,7 @@ class DataConfig:
     a single entry holds for all of them.
 
     Attributes:
-      task: entries of `fot.data.tasks.TASKS`.
+      task: entries of `fot.data.tasks.TASKS`; or "dictionary", alone: see the fields of `dictionary`.
       files: glob of text or JSONL files, plain, .gz or .zst, for the tasks that read files; for task "seqio" the name
         of a registered task, or "module:name"; for "c4" and "pg19" the data folder of TensorFlow Datasets.
       field: for JSONL files and task "seqio": the field that holds the text; "a.b" is field b of field a.
@@ -295,6 +304,10 @@ class DataConfig:
                 f"files is empty: name {'a registered task' if source.task == 'seqio' else 'a glob of files'} "
                 f"for task={source.task}",
             )
+            _require(
+                source.task not in GENERATED_TASKS or count == 1,
+                f"task={self.task}: {source.task} has a vocabulary of its own, so it can't be mixed with other sources",
+            )
             _require(source.weight > 0, f"weights={self.weights} must be greater than 0")
             _require(source.min_document_tokens >= 0, "min_document_tokens must be 0 or greater")
 
@@ -306,6 +319,84 @@ class DataConfig:
         return tuple(
             SourceConfig(*row) for row in zip(*(column * (count // len(column)) for column in columns), strict=True)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryConfig:
+    """Dictionary lookup, for `data.task=dictionary` (FoT, Appendix D).
+
+    A document defines records, `<k> key <v> value`, and then asks for them, `<q> key <v> value`; the loss counts values
+    that were asked for, alone. Documents are made as they are read; each batch has new ones.
+
+    Attributes:
+      symbols: different tokens that keys and values are made of; <pad>, <k>, <v> and <q> come
+        before them in the vocabulary.
+      key_tokens: tokens of a key.
+      value_tokens: tokens of a value.
+      document: tokens of a training document; `data.context` × `crossbatch.packing`, so that a pack is a document.
+      window: tokens that hold whole records, the rest being <pad>; the last window of a document asks, those before it
+        define.
+      records: different records of a training document, for each phase of the curriculum; 0 is as many as fit.
+      records_steps: the steps at which the next phase begins.
+      fill: what takes the places that fewer records leave: "repeat" (they are defined and asked for again) or "pad".
+      confusable: share of the keys of a training document that have all tokens but one in common with a key of each
+        neighbouring document.
+      confusable_documents: consecutive documents that are neighbours.
+    """
+
+    symbols: int = 60
+    key_tokens: int = 4
+    value_tokens: int = 4
+    document: int = 512
+    window: int = 256
+    records: tuple[int, ...] = (0,)
+    records_steps: tuple[int, ...] = ()
+    fill: str = "repeat"
+    confusable: float = 0.0
+    confusable_documents: int = 32
+
+    def __post_init__(self):
+        _positive(self, "symbols", "key_tokens", "value_tokens", "document", "window", "confusable_documents")
+        _one_of(self, "fill", DICTIONARY_FILLS)
+        _require(
+            self.window_records > 0,
+            f"window={self.window} tokens can't hold a record of {self.record_tokens}: raise window",
+        )
+        _require(
+            self.document % self.window == 0 and self.document > self.window,
+            f"document={self.document} must be a multiple of window={self.window}, at least 2 windows",
+        )
+        most = self.window_records * (self.document // self.window - 1)
+        _require(
+            self.symbols**self.key_tokens >= most,
+            f"symbols={self.symbols} and key_tokens={self.key_tokens} make {self.symbols**self.key_tokens} keys but a "
+            f"document defines {most}: raise one of them",
+        )
+        _require(
+            len(self.records) > 0 and all(0 <= count <= most for count in self.records),
+            f"records={self.records} must be 0 to {most}, what a document has room for",
+        )
+        _require(
+            len(self.records_steps) == len(self.records) - 1
+            and list(self.records_steps) == sorted(set(self.records_steps)),
+            f"records_steps={self.records_steps} must be {len(self.records) - 1} ascending steps, one less than the "
+            "phases of records",
+        )
+        _require(0 <= self.confusable <= 1, f"confusable={self.confusable} must be in [0, 1]")
+        _require(
+            self.confusable == 0 or self.confusable_documents <= self.symbols,
+            f"confusable_documents={self.confusable_documents} differ in one token of symbols={self.symbols}: lower it",
+        )
+
+    @property
+    def record_tokens(self) -> int:
+        """Tokens of a definition, or of a question with its answer."""
+        return self.key_tokens + self.value_tokens + 2
+
+    @property
+    def window_records(self) -> int:
+        """Whole records that a window holds."""
+        return self.window // self.record_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,42 +503,55 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What evaluations of a trained model read and measure (FoT, sections 3.3 and 4).
+    """What evaluations of a trained model read and measure (FoT, sections 3.3 and 4, Appendix D).
 
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
       readers: entries of `fot.readers.table.READERS` to evaluate.
       neighbours: entries that the reader "knn" retrieves per query and head, k.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
+      overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
+      windows: windows of a row read at once while a memory is filled, with one memory layer; changes no result.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.
       batch_size: documents read side by side.
       max_documents: evaluate on this many held-out documents at the most; 0 is all.
       max_tokens: read this many tokens of a document at the most; 0 is all.
       position_bins: upper ends, in tokens, of the bins of the table by position in the document.
       contexts: for distraction, the numbers d of previous contexts in view, ascending.
-      windows: for distraction, how many windows of queries to average over, as far as there are documents for them.
+      query_windows: for distraction, windows of queries to average over, as far as there are documents for them.
       inspected: for retrieval, how many tokens are shown where none are named.
       retrieved: for retrieval, memory tokens shown for each of them, per layer and head.
       surroundings: for retrieval, how many tokens are shown before and after each memory token.
+      memory_dtype: dtype of the keys and values that a dictionary's memory holds; "compute" is `model.compute_dtype`.
+      questions: windows of questions put to a dictionary at each memory length.
+      plain_tokens: definitions that a plain transformer reads at the most, in tokens: its time grows with their square.
     """
 
     memory: tuple[int, ...] = (0, 256, 1024, 4096, 16384)
     readers: tuple[str, ...] = ("dense", "knn")
     neighbours: int = 128
     block: int = 1024
+    overflow: str = "drop_oldest"
+    windows: int = 4
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8
     max_documents: int = 0
     max_tokens: int = 0
     position_bins: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
     contexts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    windows: int = 128
+    query_windows: int = 128
     inspected: int = 6
     retrieved: int = 4
     surroundings: int = 8
+    memory_dtype: str = "compute"
+    questions: int = 16
+    plain_tokens: int = 16384
 
     def __post_init__(self):
-        _positive(self, "neighbours", "block", "batch_size", "windows", "inspected", "retrieved")
+        _positive(self, "neighbours", "block", "windows", "batch_size", "query_windows", "inspected", "retrieved")
+        _positive(self, "questions", "plain_tokens")
+        _one_of(self, "overflow", OVERFLOWS)
+        _one_of(self, "memory_dtype", MEMORY_DTYPES)
         _not_negative(self, "max_documents", "max_tokens", "surroundings")
         _require(
             len(self.memory) > 0 and all(m >= 0 for m in self.memory) and list(self.memory) == sorted(set(self.memory)),
@@ -474,6 +578,7 @@ class ExperimentConfig:
     model: ModelConfig = ModelConfig()
     crossbatch: CrossbatchConfig = CrossbatchConfig()
     data: DataConfig = DataConfig()
+    dictionary: DictionaryConfig = DictionaryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
@@ -509,6 +614,25 @@ class ExperimentConfig:
         _require(
             crossbatch.variant == "none" or len(self.model.memory_layers) > 0,
             "model.memory_layers is empty: crossbatch needs a memory layer, or set crossbatch.variant=none",
+        )
+        if "dictionary" in self.data.task:
+            self._check_dictionary()
+
+    def _check_dictionary(self) -> None:
+        dictionary, context = self.dictionary, self.data.context
+        _require(
+            dictionary.symbols + DICTIONARY_MARKS <= self.model.vocab_size,
+            f"dictionary.symbols={dictionary.symbols} and {DICTIONARY_MARKS} marks need model.vocab_size="
+            f"{self.model.vocab_size} to be at least {dictionary.symbols + DICTIONARY_MARKS}",
+        )
+        _require(
+            context * self.crossbatch.packing == dictionary.document,
+            f"data.context={context} × crossbatch.packing={self.crossbatch.packing} must be dictionary.document="
+            f"{dictionary.document}: a pack is a document",
+        )
+        _require(
+            context % dictionary.window == 0,
+            f"data.context={context} must be a multiple of dictionary.window={dictionary.window}",
         )
 
 

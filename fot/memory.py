@@ -3,10 +3,14 @@
 FoT, section 3.1. A memory holds no positions: keys are stored as at position 0 or without any position at all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from fot.errors import UserError
 
 
 class Slots(NamedTuple):
@@ -101,3 +105,21 @@ def write(memory: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.
         documents=memory.documents.at[row_B1, slot_BT].set(documents_BT, mode="drop"),
         written=memory.written + count_B,
     )
+
+
+def _refuse(written_B: np.ndarray, count_B: np.ndarray, capacity: int) -> None:
+    full_B = written_B + count_B > capacity
+    if full_B.any():
+        row = int(full_B.argmax())
+        raise UserError(
+            f"row {row} would have {int(written_B[row] + count_B[row]):,} memory entries but has room for "
+            f"{capacity:,}: raise evaluate.memory, or set evaluate.overflow=drop_oldest"
+        )
+
+
+# What to do about entries for which a row has no room, before they are written, on the host:
+# (entries written [B], entries to write [B], capacity) -> None, or raises UserError.
+OVERFLOWS: dict[str, Callable[[np.ndarray, np.ndarray, int], None]] = {
+    "drop_oldest": lambda written_B, count_B, capacity: None,
+    "refuse": _refuse,
+}

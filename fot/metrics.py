@@ -131,14 +131,14 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 class Progress:
     """A bar with loss, tokens/s and time left on a terminal; elsewhere a line now and then; a context manager."""
 
-    def __init__(self, steps: int, start: int, stream: TextIO):
-        """Args: steps: of the whole run; start: steps done before; stream: usually sys.stderr."""
-        self._steps, self._start, self._stream = steps, start, stream
+    def __init__(self, steps: int, start: int, stream: TextIO, unit: str = "step"):
+        """Args: steps: of the whole run; start: steps done before; stream: usually sys.stderr; unit: a step's name."""
+        self._steps, self._start, self._stream, self._unit = steps, start, stream, unit
         self._began = time.monotonic()
         self._printed = -math.inf
         self._bar = None
         if stream.isatty():
-            self._bar = tqdm.tqdm(total=steps, initial=start, file=stream, unit="step", dynamic_ncols=True)
+            self._bar = tqdm.tqdm(total=steps, initial=start, file=stream, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -148,15 +148,19 @@ class Progress:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Shows that `step` steps are done, with the last loss (nats per token) and speed."""
+        self.show(step, f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
+
+    def show(self, step: int, text: str) -> None:
+        """Shows that `step` steps are done, and the text."""
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step >= self._steps or now - self._printed >= LINE_SECONDS:
             self._printed = now
             seconds = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
             left = tqdm.tqdm.format_interval(seconds)
-            line = f"step {step}/{self._steps}: loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {left} left"
+            line = f"{self._unit} {step}/{self._steps}: {text}, {left} left"
             print(line, file=self._stream, flush=True)
 
     def close(self) -> None:

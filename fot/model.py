@@ -100,10 +100,16 @@ class Attention(nnx.Module):
 
         With QK-norm, queries and keys have length 1 and logits are divided by exp(temperature), else by sqrt(H).
         """
-        q, k, v = (checkpoint_name(_dense(x_BTD, w[...]), _QKV) for w in (self.query, self.key, self.value))
+        q = checkpoint_name(_dense(x_BTD, self.query[...]), _QKV)
+        k, v = self.project_entries(x_BTD)
         if not self.qk_norm:
             return q * q.shape[-1] ** -0.5, k, v
-        return _unit(q) * jnp.exp(-self.temperature[...].astype(jnp.float32)).astype(q.dtype)[:, None], _unit(k), v
+        return _unit(q) * jnp.exp(-self.temperature[...].astype(jnp.float32)).astype(q.dtype)[:, None], k, v
+
+    def project_entries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys and values [B, T, G, H] of `project` alone."""
+        k, v = (checkpoint_name(_dense(x_BTD, w[...]), _QKV) for w in (self.key, self.value))
+        return _unit(k) if self.qk_norm else k, v
 
     def combine(self, local: Partial, remote: list[Partial]) -> jax.Array:
         """Joins local attention with attention to contexts or a memory: one softmax, or the gate per head.
@@ -172,7 +178,14 @@ class Block(nnx.Module):
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of the normalised input."""
-        return self.attention.project(_rms_norm(x_BTD, self.attention_norm[...], self.epsilon))
+        return self.attention.project(self._normalised(x_BTD))
+
+    def project_entries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the normalised input."""
+        return self.attention.project_entries(self._normalised(x_BTD))
+
+    def _normalised(self, x_BTD: jax.Array) -> jax.Array:
+        return _rms_norm(x_BTD, self.attention_norm[...], self.epsilon)
 
     def finish(self, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
         """Adds attention output and feed-forward layer to the residual stream."""
@@ -237,6 +250,22 @@ class Output(NamedTuple):
     reads: tuple[Reads, ...]
 
 
+class Entries(NamedTuple):
+    """Keys and values [L, B, T, G, H] of the memory layers, keys as other rows and a memory see them."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class _Source(NamedTuple):
+    """Where memory layers look beyond their row."""
+
+    tokens: Tokens
+    table: Table | None
+    memory: Memory | None
+    reader: Reader | None
+
+
 def apply(
     params: Params,
     inputs_BT: jax.Array,
@@ -263,30 +292,79 @@ def apply(
     Returns:
       Hidden states of the kept rows, keys and values of all rows for a memory.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    layers = jax.tree.map(lambda p: p.astype(dtype), params["layers"])
-    x_BTD = params["embedding"].astype(dtype)[inputs_BT]
+    layers, x_BTD = _embed(params, inputs_BT, config)
     source = _Source(tokens, table, memory, reader)
-    remat = _REMAT[config.remat]
-    keys, values, reads, begin = [], [], [], 0
-    for index, layer in enumerate(config.memory_layers):
-        x_BTD = _run(layers, begin, layer, x_BTD, tokens, config)
-        rows = keep if layer == config.memory_layers[-1] else None
-        step = remat(functools.partial(_memory_layer, config=config, source=source, index=index, keep=rows))
-        x_BTD, k, v, read = step(_layer(layers, layer), x_BTD)
-        keys.append(k)
-        values.append(v)
-        reads.append(read)
-        begin = layer + 1
+    count = len(config.memory_layers)
+    x_BTD, entries, reads = _climb(layers, x_BTD, config, source, count, keep)
     last = tokens
     if keep is not None:
         last = Tokens(tokens.documents[keep], tokens.positions[keep])
         x_BTD = x_BTD if config.memory_layers else x_BTD[keep]
-    x_BTD = _run(layers, begin, config.layers, x_BTD, last, config)
+    x_BTD = _run(layers, _after(config, count), config.layers, x_BTD, last, config)
     hidden = _rms_norm(x_BTD, params["final_norm"], config.norm_epsilon)
-    if not keys:
-        return Output(hidden, *2 * [jnp.zeros((0, *inputs_BT.shape, config.kv_heads, config.head_dim), dtype)], ())
-    return Output(hidden, jnp.stack(keys), jnp.stack(values), tuple(reads))
+    return Output(hidden, *_stacked(entries, x_BTD.dtype, inputs_BT.shape, config), tuple(reads))
+
+
+def memory_entries(
+    params: Params,
+    inputs_BT: jax.Array,
+    tokens: Tokens,
+    config: ModelConfig,
+    *,
+    memory: Memory | None = None,
+    reader: Reader | None = None,
+) -> Entries:
+    """Returns the keys and values that `apply` gives for the same arguments, computing only what they depend on.
+
+    The last memory layer attends to nothing, so with one memory layer the memory isn't read.
+    """
+    layers, x_BTD = _embed(params, inputs_BT, config)
+    entries: list[Entries] = []
+    if config.memory_layers:
+        last, before = config.memory_layers[-1], len(config.memory_layers) - 1
+        x_BTD, entries, _ = _climb(layers, x_BTD, config, _Source(tokens, None, memory, reader), before, None)
+        x_BTD = _run(layers, _after(config, before), last, x_BTD, tokens, config)
+        block = nnx.merge(_graphdef(config), _layer(layers, last))
+        entries = [*entries, Entries(*block.project_entries(x_BTD))]
+    return _stacked(entries, x_BTD.dtype, inputs_BT.shape, config)
+
+
+def _embed(params: Params, inputs_BT: jax.Array, config: ModelConfig) -> tuple[Params, jax.Array]:
+    """Returns the layers' parameters in the compute dtype, and the stream [B, T, D] that enters the first of them."""
+    dtype = jnp.dtype(config.compute_dtype)
+    layers = jax.tree.map(lambda p: p.astype(dtype), params["layers"])
+    return layers, params["embedding"].astype(dtype)[inputs_BT]
+
+
+def _climb(
+    layers: Params, x_BTD: jax.Array, config: ModelConfig, source: _Source, count: int, keep: np.ndarray | None
+) -> tuple[jax.Array, list[Entries], list[Reads]]:
+    """Runs the layers up to the count-th memory layer, which it includes.
+
+    Returns:
+      The stream, and what each of these memory layers stores and how it reads.
+    """
+    remat = _REMAT[config.remat]
+    entries, reads = [], []
+    for index, layer in enumerate(config.memory_layers[:count]):
+        x_BTD = _run(layers, _after(config, index), layer, x_BTD, source.tokens, config)
+        rows = keep if layer == config.memory_layers[-1] else None
+        step = remat(functools.partial(_memory_layer, config=config, source=source, index=index, keep=rows))
+        x_BTD, k, v, read = step(_layer(layers, layer), x_BTD)
+        entries.append(Entries(k, v))
+        reads.append(read)
+    return x_BTD, entries, reads
+
+
+def _after(config: ModelConfig, count: int) -> int:
+    """Returns the layer after the first `count` memory layers."""
+    return config.memory_layers[count - 1] + 1 if count > 0 else 0
+
+
+def _stacked(entries: list[Entries], dtype: jnp.dtype, shape_BT: tuple[int, ...], config: ModelConfig) -> Entries:
+    if not entries:
+        return Entries(*2 * [jnp.zeros((0, *shape_BT, config.kv_heads, config.head_dim), dtype)])
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *entries)
 
 
 def head(params: Params, config: ModelConfig) -> jax.Array:
@@ -330,15 +408,6 @@ def _rotate(x_BTNH: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotates by the place in the row: RoPE is relative, so where a document began does not matter."""
     places_BT = jnp.broadcast_to(jnp.arange(x_BTNH.shape[1]), x_BTNH.shape[:2])
     return attention.rope(x_BTNH, places_BT, config.rope_theta)
-
-
-class _Source(NamedTuple):
-    """Where memory layers look beyond their row."""
-
-    tokens: Tokens
-    table: Table | None
-    memory: Memory | None
-    reader: Reader | None
 
 
 _POSITIONS: dict[str, Callable[[jax.Array, ModelConfig], jax.Array]] = {

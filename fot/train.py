@@ -63,14 +63,16 @@ class Run(NamedTuple):
         return len(self.held_out) > 0 and step > 0 and (step % train.evaluate_every == 0 or step == train.steps)
 
     def held_out_losses(self, params: model.Params) -> dict[str, float]:
-        """Returns the loss on held-out documents, without contexts and with those of the first d."""
-        contexts = {"held_out/loss": 0}
+        """Returns loss and accuracy on held-out documents, without contexts and with those of the first d."""
+        contexts = {"": 0}
         if self.config.crossbatch.variant != "none":
-            contexts["held_out/loss_with_contexts"] = self.config.crossbatch.d[0]
+            contexts["_with_contexts"] = self.config.crossbatch.d[0]
         losses = {}
         for name, d in contexts.items():
             sums = [self.held_out_step(params, batch, d=d) for batch in self.held_out]
-            losses[name] = float(sum(s.nll for s in sums) / sum(s.weight for s in sums))
+            weight = sum(s.weight for s in sums)
+            losses[f"held_out/loss{name}"] = float(sum(s.nll for s in sums) / weight)
+            losses[f"held_out/accuracy{name}"] = float(sum(s.correct for s in sums) / weight)
         return losses
 
 

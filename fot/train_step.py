@@ -85,7 +85,8 @@ def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int
     transformation = optimizer.optimizer(config.optimizer, config.train.steps)
     good = jnp.isfinite(norm) & jnp.isfinite(sums.nll)
     loss, accuracy = sums.nll / sums.weight, sums.correct / sums.weight
-    reached = (good & (accuracy >= config.crossbatch.d_accuracy)).astype(jnp.int32)
+    counts = good & (state.step >= config.crossbatch.d_after)
+    reached = (counts & (accuracy >= config.crossbatch.d_accuracy)).astype(jnp.int32)
 
     def update(gradients, params, moments):
         updates, moments = transformation.update(gradients, moments, params)

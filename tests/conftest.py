@@ -58,7 +58,7 @@ def workdirs(tmp_path_factory) -> pathlib.Path:
             cache_dir=str(folder / "cache"),
         ),
         evaluate=config_lib.EvaluateConfig(
-            memory=(0, 64), neighbours=8, block=16, batch_size=4, contexts=(1, 4), windows=8, max_tokens=64
+            memory=(0, 64), neighbours=8, block=16, batch_size=4, contexts=(1, 4), query_windows=8, max_tokens=64
         ),
         mesh=config_lib.MeshConfig(tensor=2, fsdp=4),
     )

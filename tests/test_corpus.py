@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fot.config import DataConfig, ExperimentConfig, ModelConfig
-from fot.data import corpus, encode, tasks
+from fot.data import corpus, encode, stored, tasks
 from fot.errors import DataError, UserError
 
 
@@ -267,13 +267,13 @@ def test_who_comes_second_takes_what_is_there(folder, monkeypatch):
     there = folder.parent / "cache" / cached(folder)[0]
     (folder.parent / "aside").mkdir()
     there.rename(folder.parent / "aside" / there.name)
-    original = corpus._write
+    original = stored.write
 
     def slow(*arguments):
         (folder.parent / "aside" / there.name).rename(there)  # another process is done first
         return original(*arguments)
 
-    monkeypatch.setattr(corpus, "_write", slow)
+    monkeypatch.setattr(stored, "write", slow)
     assert_same(load(folder), expected)
     assert cached(folder) == [there.name]
 

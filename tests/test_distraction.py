@@ -47,7 +47,7 @@ def config(chosen: config_lib.ModelConfig = MODEL, **changes) -> config_lib.Expe
         crossbatch=config_lib.CrossbatchConfig(variant="none"),
         data=config_lib.DataConfig(context=T),
         evaluate=config_lib.EvaluateConfig(
-            **{"contexts": COUNTS, "windows": 7, "batch_size": 4, "block": 16, **changes}
+            **{"contexts": COUNTS, "query_windows": 7, "batch_size": 4, "block": 16, **changes}
         ),
     )
 
@@ -94,7 +94,7 @@ def test_of_one_context_the_mass_is_one():
 def test_an_untrained_model_is_near_one_over_d():
     # Tokens are drawn alike in all documents: contexts are exchangeable, and the mean over all tables is 1/d.
     alike = corpora.from_arrays(list(np.random.default_rng(1).integers(3, 64, (64, 2 * T))))
-    found = measure(corpus=alike, windows=64)
+    found = measure(corpus=alike, query_windows=64)
     assert found.queries == 64 * T
     np.testing.assert_allclose(found.means, [1 / count for count in COUNTS], rtol=0.1)
     assert all(left > right for left, right in zip(found.means, found.means[1:], strict=False))

@@ -17,7 +17,7 @@ FLOORS = (
     ("memory", "crossbatch", "kernels"),
     ("readers",),
     ("model",),
-    ("objective", "optimizer", "data", "checkpoint", "generate"),
+    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "generate"),
     ("evaluate", "convert", "train_step"),
     ("train",),
     ("demo",),

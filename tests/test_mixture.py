@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fot.config import CrossbatchConfig, DataConfig, ExperimentConfig
-from fot.data import corpus, loader, mixture
+from fot.data import corpus, loader, mixture, permutation
 from fot.data import rows as rows_lib
 from fot.errors import DataError
 
@@ -28,13 +28,13 @@ def config(weights, unit="documents", **data) -> DataConfig:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 10, 50, 1000])
 def test_shuffled_is_a_permutation_for_every_key(count):
-    orders = {tuple(mixture.shuffled(i, count, key) for i in range(count)) for key in range(3)}
+    orders = {tuple(permutation.shuffled(i, count, key) for i in range(count)) for key in range(3)}
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert count < 10 or len(orders) == 3
 
 
 def test_shuffled_has_every_order_equally_often():
-    orders = collections.Counter(tuple(mixture.shuffled(i, 4, key) for i in range(4)) for key in range(2400))
+    orders = collections.Counter(tuple(permutation.shuffled(i, 4, key) for i in range(4)) for key in range(2400))
     assert len(orders) == 24
     assert 50 < min(orders.values()) and max(orders.values()) < 150  # 100 each; 5 standard deviations
 
@@ -42,7 +42,7 @@ def test_shuffled_has_every_order_equally_often():
 def test_a_single_source_is_its_own_epochs_in_order():
     stream = mixture.mix(sources(np.full(50, 2)), config([1.0], seed=3))
     numbers = [stream.document_at(ordinal) for ordinal in range(150)]
-    assert numbers == [mixture.shuffled(i, 50, 3, 0, epoch) for epoch in range(3) for i in range(50)]
+    assert numbers == [permutation.shuffled(i, 50, 3, 0, epoch) for epoch in range(3) for i in range(50)]
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 0.2, 0.1), (1.0, 1e-4), (25, 25, 10, 29, 5, 2, 2, 2)])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fot.config import CrossbatchConfig, DataConfig, EvaluateConfig, ExperimentConfig
-from fot.data import corpus, mixture, rows
+from fot.data import corpus, mixture, permutation, rows
 from fot.errors import DataError
 
 CONTEXT = 8
@@ -136,8 +136,8 @@ def test_seed_changes_the_order(documents):
 
 def test_reading_does_not_depend_on_the_step(documents, monkeypatch):
     calls = []
-    original = mixture.shuffled
-    monkeypatch.setattr(mixture, "shuffled", lambda *a: calls.append(a) or original(*a))
+    original = permutation.shuffled
+    monkeypatch.setattr(permutation, "shuffled", lambda *a: calls.append(a) or original(*a))
     counts = []
     for ordinal in (0, 10**12):
         position = rows.start(config())._replace(ordinals=tuple(range(ordinal, ordinal + 4)))

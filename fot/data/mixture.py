@@ -5,18 +5,16 @@ it alone, at the same cost everywhere and without a list of anything, so a posit
 """
 
 import dataclasses
-import hashlib
 import itertools
-import math
 from typing import NamedTuple, final
 
 from fot.config import DataConfig
+from fot.data import permutation
 from fot.data.corpus import Corpus
 from fot.errors import DataError
 
 BLOCK = 1024  # ordinals in which each source has its share, rounded to whole documents
 SHARE_BITS = 32  # shares are multiples of 2**-32, so that they add up exactly
-ROUNDS = 6  # of the Feistel network: fewer favour some orders of a few documents
 
 
 class Place(NamedTuple):
@@ -52,7 +50,7 @@ class Mixture:
         if len(self.edges) == 2:
             return Place(0, ordinal)
         block, slot = divmod(ordinal, self.block)
-        slot = shuffled(slot, self.block, self.seed, "block", block)
+        slot = permutation.shuffled(slot, self.block, self.seed, "block", block)
         before = [edge * self.block * block >> SHARE_BITS for edge in self.edges]
         after = [edge * self.block * (block + 1) >> SHARE_BITS for edge in self.edges]
         starts = [b - a for a, b in zip(before, after, strict=True)]  # of each source's slots
@@ -62,9 +60,7 @@ class Mixture:
     def document_at(self, ordinal: int) -> int:
         """Returns the number in the corpus of the document that an ordinal stands for."""
         source, index = self.place(ordinal)
-        first, end = self.corpus.firsts[source : source + 2]
-        epoch, place = divmod(index, end - first)
-        return first + shuffled(place, end - first, self.seed, source, epoch)
+        return self.corpus.firsts[source] + self.corpus.parts[source].order(index, self.seed, source)
 
 
 def mix(corpus: Corpus, config: DataConfig) -> Mixture:
@@ -79,7 +75,7 @@ def mix(corpus: Corpus, config: DataConfig) -> Mixture:
         return Mixture(corpus, config.seed, (0, 1 << SHARE_BITS), BLOCK)
     shares = [source.weight for source in config.sources]
     if config.weight_unit == "tokens":
-        means = [len(part.tokens) / (len(part.offsets) - 1) for part in corpus.parts]
+        means = [part.token_count / part.documents for part in corpus.parts]
         shares = [share / mean for share, mean in zip(shares, means, strict=True)]
     total = sum(shares)
     inner = [round(edge / total * 2**SHARE_BITS) for edge in itertools.accumulate(shares[:-1])]
@@ -89,21 +85,3 @@ def mix(corpus: Corpus, config: DataConfig) -> Mixture:
         raise DataError(f"data.weights={config.weights}: one is too small beside the others: raise it or leave it out")
     # Every block has a document of each source, or rounding could give one less than none.
     return Mixture(corpus, config.seed, edges, max(BLOCK, -(-(1 << SHARE_BITS) // smallest)))
-
-
-def shuffled(index: int, count: int, *key: int | str) -> int:
-    """Returns where a random permutation of 0, ..., count - 1 takes `index`; each key has a permutation of its own.
-
-    A Feistel network permutes the pairs of numbers below `side`; where it leaves 0, ..., count - 1 it is applied again
-    until it is back (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `side` is the root of `count`
-    rounded up, so that is rare.
-    """
-    side = math.isqrt(count - 1) + 1
-    while True:
-        left, right = divmod(index, side)
-        for turn in range(ROUNDS):
-            digest = hashlib.blake2b(repr((turn, right, key)).encode(), digest_size=8).digest()
-            left, right = right, (left + int.from_bytes(digest, "little")) % side
-        index = left * side + right
-        if index < count:
-            return index

@@ -12,10 +12,15 @@ from typing import NoReturn
 
 from fot import cli
 from fot.errors import UserError
-from fot.evaluate import distraction, perplexity, retrieval
+from fot.evaluate import dictionary, distraction, perplexity, retrieval
 
 # Each module has `Flags`, `main(config, flags)` and `load(flags)`, as `fot.cli.run` takes them.
-EVALUATIONS: dict[str, ModuleType] = {"perplexity": perplexity, "distraction": distraction, "retrieval": retrieval}
+EVALUATIONS: dict[str, ModuleType] = {
+    "perplexity": perplexity,
+    "dictionary": dictionary,
+    "distraction": distraction,
+    "retrieval": retrieval,
+}
 
 
 def main(argv: Sequence[str]) -> NoReturn:

@@ -132,7 +132,7 @@ def evaluate(params: model.Params, config: ExperimentConfig, corpus: Corpus, mes
         raise ConfigError("model.memory_layers is empty: this model has no layer that could see other contexts")
     params = jax.device_put(params, sharding.shardings(params, mesh))
     counts, context = config.evaluate.contexts, config.data.context
-    pairs = choose(corpus, context, max(counts), config.evaluate.windows, config.data.seed)
+    pairs = choose(corpus, context, max(counts), config.evaluate.query_windows, config.data.seed)
     table_PC = others(pairs, max(counts))
     contexts = _read(params, config, corpus, pairs, mesh)
     measure = _programs(config.model, config.evaluate.block, mesh).measure

@@ -22,8 +22,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import config as config_lib
+from fot import loading, model, objective, sharding
 from fot import memory as memories
-from fot import model, objective, sharding
 from fot.attention import Tokens
 from fot.config import ExperimentConfig, ModelConfig
 from fot.data import corpus as corpora
@@ -38,7 +38,6 @@ from fot.memory import Memory
 from fot.metrics import Progress
 from fot.readers.reader import Reader
 
-_HEADS = sharding.MESH_AXES["kv_heads"]
 SHOW_SECONDS = 1.0  # between two looks at the running sums: each waits for the devices
 
 
@@ -186,13 +185,21 @@ def _pass(
     show: Callable[[int, Totals, float], None],
 ) -> _Score:
     """Reads all documents once."""
-    read, write, clear = _programs(config.model, config.evaluate.position_bins, run.reader, mesh)
+    read = _program(config.model, config.evaluate.position_bins, run.reader, mesh)
+    empty, write, clear = loading.store(mesh)
+    overflow = memories.OVERFLOWS[config.evaluate.overflow]
     forget = MODES[run.mode].forget
     documents = np.full(config.evaluate.batch_size, -1, np.int32)
+    written = np.zeros(config.evaluate.batch_size, np.int64)
 
     def step(
         memory: Memory | None, totals: Totals, batch: Batch, forgotten: np.ndarray
     ) -> tuple[Memory | None, Totals]:
+        if memory is not None:
+            count = (batch.documents >= 0).sum(1)
+            written[forgotten] = 0
+            overflow(written, count, run.capacity)
+            written[:] += count
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         if memory is None:
             return None, read(params, batch, memory, totals)[0]
@@ -201,7 +208,9 @@ def _pass(
         totals, keys, values = read(params, batch, memory, totals)
         return write(memory, keys, values, batch.documents), totals
 
-    memory = empty_memory(config, run.capacity, mesh)
+    memory = None
+    if run.capacity > 0:
+        memory = empty(config.model, config.evaluate.batch_size, run.capacity, config.model.compute_dtype)
     bins = len(config.evaluate.position_bins) + 1
     totals = jax.device_put(Totals(np.zeros(bins, np.float32), np.zeros(bins, np.int32)), sharding.replicated(mesh))
     # A window without tokens changes nothing, and compiles everything.
@@ -221,36 +230,18 @@ def _pass(
     return _Score(jax.device_get(totals), seconds)
 
 
-class _Programs(NamedTuple):
-    """What a pass runs; `memory` is given up to `write` and `clear`, `totals` to `read`.
-
-    Attributes:
-      read: (params, batch, memory, totals) -> totals with the batch, its keys and values [L, B, T, G, H].
-      write: see `fot.memory.write`.
-      clear: see `fot.memory.clear`.
-    """
-
-    read: Callable
-    write: Callable
-    clear: Callable
-
-
 @functools.lru_cache(maxsize=64)  # the passes of all modes and models of one shape compile once
-def _programs(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None, mesh: Mesh) -> _Programs:
-    """Returns the programs of a pass.
+def _program(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None, mesh: Mesh) -> Callable:
+    """Returns (params, batch, memory, totals) -> totals with the batch, and its keys and values [L, B, T, G, H].
 
-    Reading and writing are two of them: in one, XLA would copy the memory at every window, as what is read there
-    can't be overwritten in place.
+    Reading and writing are two programs: in one, XLA would copy the memory at every window, as what is read there
+    can't be overwritten in place. The totals are given up.
     """
-    place, window = memory_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS, None))
-    return _Programs(
-        read=jax.jit(
-            functools.partial(_read, config=config, ends=ends, reader=reader),
-            out_shardings=(sharding.replicated(mesh), window, window),
-            donate_argnums=3,
-        ),
-        write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
-        clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
+    window = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, sharding.MESH_AXES["kv_heads"], None))
+    return jax.jit(
+        functools.partial(_read, config=config, ends=ends, reader=reader),
+        out_shardings=(sharding.replicated(mesh), window, window),
+        donate_argnums=3,
     )
 
 
@@ -272,30 +263,6 @@ def _read(
     nll_P = jnp.where(counted_PBT, nll_BT, 0.0).sum((1, 2))
     totals = Totals(totals.nll + nll_P, totals.tokens + counted_PBT.sum((1, 2), dtype=jnp.int32))
     return totals, output.keys, output.values
-
-
-def memory_sharding(mesh: Mesh) -> Memory:
-    """Returns where a memory lives: rows over data and fsdp, key/value heads over tensor."""
-    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS, None, None))
-    documents = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None))
-    return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
-
-
-def empty_memory(config: ExperimentConfig, capacity: int, mesh: Mesh) -> Memory | None:
-    """Returns an empty memory of `capacity` tokens for each of `evaluate.batch_size` rows; of 0 tokens, None."""
-    if capacity == 0:
-        return None
-    m = config.model
-    make = functools.partial(
-        memories.empty,
-        layers=len(m.memory_layers),
-        rows=config.evaluate.batch_size,
-        capacity=capacity,
-        kv_heads=m.kv_heads,
-        head_dim=m.head_dim,
-        dtype=jnp.dtype(m.compute_dtype),
-    )
-    return jax.jit(make, out_shardings=memory_sharding(mesh))()
 
 
 def _blank(config: ExperimentConfig) -> Batch:
@@ -328,6 +295,10 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     if flags.split not in tasks.SPLITS:
         raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
+    generated = set(config_lib.GENERATED_TASKS).intersection(config.data.task)
+    if generated:
+        [task] = generated
+        raise UserError(f"documents of data.task={task} have no end: run python -m fot.evaluate {task} instead")
     workdir = pathlib.Path(flags.workdir)
     output = pathlib.Path(flags.output or flags.workdir)
     trained = trained_model.load(flags.workdir, config)

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot import attention, model, objective, sharding
-from fot import memory as memories
+from fot import attention, loading, model, objective, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ExperimentConfig, ModelConfig
@@ -34,7 +33,6 @@ from fot.data import corpus as corpora
 from fot.data import rows, tasks
 from fot.data.corpus import Corpus
 from fot.errors import ConfigError, DataError, UserError
-from fot.evaluate import perplexity
 from fot.evaluate import retrieval_report as report
 from fot.evaluate import trained as trained_model
 from fot.evaluate.retrieval_report import Entry, Head, Query
@@ -171,27 +169,26 @@ def _windows(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     evaluate = dataclasses.replace(config.evaluate, batch_size=shards, max_documents=1, max_tokens=stop)
     config = dataclasses.replace(config, evaluate=evaluate)
-    read, write, _ = _programs(config.model, _reader(config), mesh)
-    memory = perplexity.empty_memory(config, min(max(evaluate.memory), len(document)), mesh)
+    read, store = _programs(config.model, _reader(config), mesh).read, loading.store(mesh)
+    capacity = min(max(evaluate.memory), len(document))
+    memory = store.empty(config.model, shards, capacity, config.model.compute_dtype)
     for batch in rows.evaluation_batches(corpora.from_arrays([document]), config.data.context, evaluate):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         window = read(params, batch, memory)
         window = window._replace(losses=jax.device_get(window.losses))
         yield window, memory
-        memory = write(memory, window.keys, window.values, batch.documents)
+        memory = store.write(memory, window.keys, window.values, batch.documents)
 
 
 class _Programs(NamedTuple):
-    """What is compiled; `memory` is given up to `write`.
+    """What is compiled.
 
     Attributes:
       read: (params, batch, memory) -> _Window.
-      write: see `fot.memory.write`.
       find: (reads, memory, place in the window, how many) -> _Found.
     """
 
     read: Callable
-    write: Callable
     find: Callable
 
 
@@ -199,13 +196,11 @@ class _Programs(NamedTuple):
 def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
     heads = sharding.MESH_AXES["kv_heads"]
     window = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, heads, None))
-    place = perplexity.memory_sharding(mesh)
     return _Programs(
         read=jax.jit(
             functools.partial(_read, config=config, reader=reader),
             out_shardings=_Window(sharding.replicated(mesh), window, window, sharding.replicated(mesh)),
         ),
-        write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
         find=jax.jit(
             functools.partial(_find, reader=reader), static_argnums=3, out_shardings=sharding.replicated(mesh)
         ),

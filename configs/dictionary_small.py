@@ -1,0 +1,17 @@
+"""Dictionary lookup by the longer run on a CPU: heads of 64, and ever more documents (FoT, Appendix D)."""
+
+import ml_collections
+
+from configs import dictionary_tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the run; two key/value heads of 64 make 16M tokens 8 GiB of keys and values in bfloat16."""
+    config = dictionary_tiny.get_config()
+    config.model.kv_heads = 2
+    config.model.head_dim = 64
+    config.data.batch_size = 128  # 64 documents
+    config.crossbatch.d = (1, 16, 64)
+    config.train.steps = 4000
+    config.evaluate.memory = (16_384, 262_144, 1_048_576, 4_194_304, 16_777_216)
+    return config

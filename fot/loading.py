@@ -1,0 +1,192 @@
+"""Fills a memory from long texts, at the cost of its keys and values alone (FoT, section 3.1)."""
+
+import contextlib
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fot import memory as memories
+from fot import model, sharding
+from fot.attention import Tokens
+from fot.batch import Batch
+from fot.config import ModelConfig
+from fot.memory import Memory
+from fot.metrics import Progress
+from fot.readers.reader import Reader
+
+_HEADS = sharding.MESH_AXES["kv_heads"]
+SHOW_SECONDS = 1.0  # between two looks at how far it is
+
+Show = Callable[[int, float], None]  # (windows read so far, tokens/s)
+
+
+class Loading(NamedTuple):
+    """How a memory is filled; fixed for a run.
+
+    Attributes:
+      reader: how all memory layers but the last read what is there already.
+      windows: windows of a row that are read by one call of the program if the model has one memory layer; with
+        several, a window's entries depend on those written before it. Changes no result.
+      overflow: an entry of `fot.memory.OVERFLOWS`.
+    """
+
+    reader: Reader
+    windows: int
+    overflow: str
+
+
+class Store(NamedTuple):
+    """What makes and changes memories on a mesh; the memory that is given is given up.
+
+    Attributes:
+      empty: (config, rows, capacity, dtype) -> a memory without entries for the model's memory layers.
+      write: see `fot.memory.write`.
+      clear: see `fot.memory.clear`.
+    """
+
+    empty: Callable[[ModelConfig, int, int, str], Memory]
+    write: Callable[..., Memory]
+    clear: Callable[..., Memory]
+
+
+def memory_sharding(mesh: Mesh) -> Memory:
+    """Returns where a memory lives: rows over data and fsdp, key/value heads over tensor."""
+    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS, None, None))
+    documents = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None))
+    return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
+
+
+@functools.lru_cache(maxsize=64)
+def store(mesh: Mesh) -> Store:
+    """Returns the programs of memories that live as `memory_sharding` says; each compiles once for a shape."""
+    place = memory_sharding(mesh)
+    make = jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)
+
+    def empty(config: ModelConfig, rows: int, capacity: int, dtype: str) -> Memory:
+        return make(len(config.memory_layers), rows, capacity, config.kv_heads, config.head_dim, jnp.dtype(dtype))
+
+    return Store(
+        empty,
+        write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
+        clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
+    )
+
+
+@contextlib.contextmanager
+def progress(windows: int) -> Iterator[Show]:
+    """Gives what shows on stderr how many of all windows are read, and tokens/s."""
+    with Progress(windows, 0, sys.stderr, "window") as bar:
+        yield lambda done, speed: bar.show(done, f"{speed:,.0f} tokens/s")
+
+
+def load(
+    params: model.Params,
+    config: ModelConfig,
+    memory: Memory,
+    windows: Iterable[Batch],
+    loading: Loading,
+    mesh: Mesh,
+    show: Show,
+) -> Memory:
+    """Appends the entries of windows of text to a memory, which is given up.
+
+    The keys and values are those of `model.apply` on each window, with a memory of the windows before it. However
+    many windows there are, the same programs run, and two chunks of them are in memory.
+
+    Args:
+      params: as `model.init` gives them, placed on the mesh.
+      config: the model.
+      memory: the memory to append to, of `store(mesh)`.
+      windows: numpy arrays [B, T], all of one shape, a row's windows in the order of its text; tokens, documents and
+        positions are read.
+      loading: how.
+      mesh: where params and memory are.
+      show: is told now and then how far it is.
+
+    Returns:
+      The memory with the entries.
+
+    Raises:
+      UserError: `loading.overflow` is "refuse" and there is no room; nothing that was stored before is overwritten.
+    """
+    alone = len(config.memory_layers) <= 1  # no window's entries depend on another window
+    read = _program(config, None if alone else loading.reader, mesh)
+    write, overflow = store(mesh).write, memories.OVERFLOWS[loading.overflow]
+    written_B = _on_host(memory.written)
+    before = None
+    done = tokens = 0
+    began = shown = time.perf_counter()
+    for chunk, count in _chunks(windows, loading.windows if alone else 1):
+        count_B = (chunk.documents >= 0).sum((1, 2))
+        overflow(written_B, count_B, memory.capacity)
+        written_B = written_B + count_B
+        placed = jax.device_put(chunk, NamedSharding(mesh, PartitionSpec(sharding.ROWS, None, None)))
+        entries = read(params, placed, None if alone else memory)
+        memory = write(memory, *entries)
+        jax.block_until_ready(before)
+        if time.perf_counter() - shown > SHOW_SECONDS:
+            shown = time.perf_counter()
+            show(done, tokens / (shown - began))
+        done, tokens, before = done + count, tokens + int(count_B.sum()), entries
+    jax.block_until_ready(memory)
+    show(done, tokens / (time.perf_counter() - began))
+    return memory
+
+
+class _Chunk(NamedTuple):
+    """Consecutive windows of every row, [B, W, T]."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    positions: np.ndarray
+
+
+def _chunks(windows: Iterable[Batch], size: int) -> Iterator[tuple[_Chunk, int]]:
+    """Yields chunks of `size` windows and how many of them are real; the last chunk is filled up with padding."""
+    windows = iter(windows)
+    while some := list(itertools.islice(windows, size)):
+        missing = ((0, 0), (0, size - len(some)), (0, 0))
+        fields = (np.stack([getattr(window, name) for window in some], 1) for name in _Chunk._fields)
+        filled = (np.pad(x, missing, constant_values=fill) for x, fill in zip(fields, (0, -1, 0), strict=True))
+        yield _Chunk(*filled), len(some)
+
+
+@functools.lru_cache(maxsize=64)  # every load of one model and reader runs the same program
+def _program(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable:
+    """Returns (params, chunk, memory) -> what `write` takes: keys and values [L, B, W·T, G, H], documents [B, W·T].
+
+    Reading and writing are two programs: in one, XLA would copy a memory that is read there.
+    """
+    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS, None))
+    return jax.jit(
+        functools.partial(_read, config=config, reader=reader),
+        out_shardings=(pairs, pairs, sharding.batch_sharding(mesh)),
+    )
+
+
+def _read(
+    params: model.Params, chunk: _Chunk, memory: Memory | None, *, config: ModelConfig, reader: Reader | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    B, W, T = chunk.tokens.shape
+
+    def entries_of(window: _Chunk) -> model.Entries:
+        tokens = Tokens(window.documents, window.positions)
+        return model.memory_entries(params, window.tokens, tokens, config, memory=memory, reader=reader)
+
+    # Window by window: side by side, XLA would round otherwise than it does for a window alone.
+    entries = jax.lax.map(entries_of, jax.tree.map(lambda x: x.swapaxes(0, 1), chunk))
+    keys, values = (x.transpose(1, 2, 0, 3, 4, 5).reshape(-1, B, W * T, *x.shape[4:]) for x in entries)
+    return keys, values, chunk.documents.reshape(B, W * T)
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
