@@ -28,6 +28,7 @@ def test_there_are_notebooks():
 @pytest.mark.filterwarnings("default")  # Jupyter's own; those of a notebook's code don't come here
 def test_notebook_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # what trains has to be optimised
     monkeypatch.setenv("FOT_NOTEBOOK_STEPS", STEPS)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # no profile of the user's
     notebook = nbformat.read(path, as_version=4)
