@@ -19,8 +19,11 @@ from fot import model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
+from fot.errors import UserError
 from fot.memory import Memory
 from fot.metrics import Progress
+from fot.readers import host
+from fot.readers import table as readers
 from fot.readers.reader import Reader
 
 _HEADS = sharding.MESH_AXES["kv_heads"]
@@ -69,16 +72,36 @@ def memory_sharding(mesh: Mesh) -> Memory:
 def store(mesh: Mesh) -> Store:
     """Returns the programs of memories that live as `memory_sharding` says; each compiles once for a shape."""
     place = memory_sharding(mesh)
-    make = jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)
-
-    def empty(config: ModelConfig, rows: int, capacity: int, dtype: str) -> Memory:
-        return make(len(config.memory_layers), rows, capacity, config.kv_heads, config.head_dim, jnp.dtype(dtype))
-
     return Store(
-        empty,
+        _sized(jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)),
         write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
         clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
     )
+
+
+def _host_store(mesh: Mesh) -> Store:
+    if len({device.process_index for device in mesh.devices.flat}) > 1:
+        raise UserError("a memory on the host needs all devices in one process: choose a reader that reads on devices")
+    return Store(_sized(host.empty), host.write, host.clear)
+
+
+def _sized(make: Callable[..., Memory]) -> Callable[[ModelConfig, int, int, str], Memory]:
+    def empty(config: ModelConfig, rows: int, capacity: int, dtype: str) -> Memory:
+        return make(len(config.memory_layers), rows, capacity, config.kv_heads, config.head_dim, jnp.dtype(dtype))
+
+    return empty
+
+
+STORES: dict[str, Callable[[Mesh], Store]] = {"device": store, "host": _host_store}
+
+
+def store_of(reader: str, mesh: Mesh) -> Store:
+    """Returns the store of what the reader of that name reads.
+
+    Raises:
+      UserError: the mesh can't have it.
+    """
+    return STORES[readers.place(reader)](mesh)
 
 
 @contextlib.contextmanager
@@ -105,7 +128,7 @@ def load(
     Args:
       params: as `model.init` gives them, placed on the mesh.
       config: the model.
-      memory: the memory to append to, of `store(mesh)`.
+      memory: the memory to append to, of `store_of(loading.reader.name, mesh)`.
       windows: numpy arrays [B, T], all of one shape, a row's windows in the order of its text; tokens, documents and
         positions are read.
       loading: how.
@@ -120,7 +143,7 @@ def load(
     """
     alone = len(config.memory_layers) <= 1  # no window's entries depend on another window
     read = _program(config, None if alone else loading.reader, mesh)
-    write, overflow = store(mesh).write, memories.OVERFLOWS[loading.overflow]
+    write, overflow = store_of(loading.reader.name, mesh).write, memories.OVERFLOWS[loading.overflow]
     written_B = _on_host(memory.written)
     before = None
     done = tokens = 0
@@ -188,5 +211,7 @@ def _read(
     return keys, values, chunk.documents.reshape(B, W * T)
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.array(x)
