@@ -22,7 +22,7 @@ LOSS_ROWS = ("all", "last")
 D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
-READER_NAMES = ("dense", "knn", "host")
+READER_NAMES = ("dense", "knn", "host", "sharded_dense", "sharded_knn")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
@@ -363,11 +363,13 @@ class MeshConfig:
       data: rows are split, parameters replicated.
       fsdp: rows are split, parameters too.
       tensor: heads, feed-forward and vocabulary are split.
+      sequence: the slots of a memory are split, for the readers sharded_*; everything else is replicated.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fot import memory, model
+from fot import config as config_lib
+from fot import memory, model, sharding
 from fot.attention import Partial, Tokens
 from fot.config import READER_NAMES, ModelConfig
 from fot.memory import Slots
@@ -33,7 +34,7 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-EXACT = ["knn", "host"]  # that read the k nearest, all of them
+EXACT = ["knn", "host", "sharded_knn"]  # that read the k nearest, all of them
 M = 17
 DOCUMENTS = np.random.default_rng(1).integers(-1, 3, (B, M)).astype(np.int32)
 DOCUMENTS[2] = -1  # a row that remembers nothing
@@ -62,8 +63,25 @@ def on_host(entries: memory.Memory) -> host.HostMemory:
 
 
 HELD = []  # a memory on the host is there as long as somebody holds it
-PLACES = {"device": on_device, "host": on_host}
-WITH_GRADIENT = [name for name in READERS if table.place(name) == "device"]
+
+
+def spread(entries: memory.Memory) -> memory.Memory:
+    """Over the devices of `MESH`; slots that are missing for that are empty ones."""
+    missing = -entries.capacity % MESH.shape[sharding.SLOTS]
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0))) for x in entries[:2])
+    documents = jnp.pad(entries.documents, ((0, 0), (0, missing)), constant_values=-1)
+    return memory.Memory(keys, values, documents, entries.written)
+
+
+MESH = sharding.make_mesh(config_lib.MeshConfig(fsdp=1, sequence=8), jax.devices())
+PLACES = {"device": on_device, "host": on_host, "sharded": spread}
+WITH_GRADIENT = [name for name in READERS if table.place(name) != "host"]
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(MESH):
+        yield
 
 
 def put(entries: memory.Memory | None, reader: Reader | None) -> Any:
@@ -71,10 +89,14 @@ def put(entries: memory.Memory | None, reader: Reader | None) -> Any:
     return None if entries is None else PLACES[table.place(reader.name)](entries)
 
 
-def read(slots: Slots, reader: Reader) -> Partial:
+def put_slots(slots: Slots, reader: Reader) -> Any:
+    """Puts slots to where the reader looks for them, as the only layer of a memory."""
     filled = (slots.documents >= 0).sum(1, dtype=jnp.int32)
-    held = put(memory.Memory(slots.keys[None], slots.values[None], slots.documents, filled), reader)
-    return _read(held.slots(0), reader)
+    return put(memory.Memory(slots.keys[None], slots.values[None], slots.documents, filled), reader).slots(0)
+
+
+def read(slots: Slots, reader: Reader) -> Partial:
+    return _read(put_slots(slots, reader), reader)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -163,7 +185,8 @@ def test_reading_nothing_gives_nothing(name):
 @pytest.mark.parametrize("name", WITH_GRADIENT)
 def test_gradients_into_a_memory_are_finite_and_spare_empty_slots(name):
     def loss(slots):
-        part = table.read(draw(B, T, N, H), jnp.asarray(QUERIES), slots, reader(name, neighbours=4))
+        held = put_slots(slots, reader(name, neighbours=4))
+        part = table.read(draw(B, T, N, H), jnp.asarray(QUERIES), held, reader(name, neighbours=4))
         return (part.out**2).sum()
 
     keys, values, _ = jax.jit(jax.grad(loss, allow_int=True))(slots())

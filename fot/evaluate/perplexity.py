@@ -116,7 +116,7 @@ def evaluate(
     scores: dict[_Run, _Score] = {}
     columns: list[Column] = []
     windows = rows.evaluation_batch_count(corpus, config.data.context, config.evaluate)
-    with Progress(windows * len(set(wanted.values())), 0, sys.stderr) as progress:
+    with jax.set_mesh(mesh), Progress(windows * len(set(wanted.values())), 0, sys.stderr) as progress:
         for (mode, reader, length), run in wanted.items():
             if run not in scores:
                 show = functools.partial(_show, progress, windows * len(scores))

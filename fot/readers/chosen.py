@@ -24,14 +24,19 @@ class Chosen(NamedTuple):
 
 def attend(q_BGRTH: jax.Array, slots: Slots, chosen: Chosen) -> Partial:
     """Attention to the chosen slots; what was not chosen gets no gradient."""
-    keys = _take(slots.keys, chosen.index)
-    s = jnp.einsum("bgrth,bgrtkh->bgrtk", q_BGRTH, keys, preferred_element_type=jnp.float32)
-    s = jnp.where(chosen.real, s, -jnp.inf)
+    s = logits(q_BGRTH, slots, chosen)
     lse = jax.nn.logsumexp(s, -1)
     p = jnp.exp(s - attention.finite(lse)[..., None])
     values = _take(slots.values, chosen.index)
     out = jnp.einsum("bgrtk,bgrtkh->bgrth", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
+
+
+def logits(q_BGRTH: jax.Array, slots: Slots, chosen: Chosen) -> jax.Array:
+    """Scaled inner products [B, G, R, T, K] with the chosen slots, in float32; -inf for what stands for nothing."""
+    keys = _take(slots.keys, chosen.index)
+    s = jnp.einsum("bgrth,bgrtkh->bgrtk", q_BGRTH, keys, preferred_element_type=jnp.float32)
+    return jnp.where(chosen.real, s, -jnp.inf)
 
 
 def _take(x_BGMH: jax.Array, index_BGRTK: jax.Array) -> jax.Array:
