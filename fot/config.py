@@ -22,7 +22,7 @@ LOSS_ROWS = ("all", "last")
 D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
-READER_NAMES = ("dense", "knn")
+READER_NAMES = ("dense", "knn", "host", "sharded_dense", "sharded_knn")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
@@ -453,11 +453,13 @@ class MeshConfig:
       data: rows are split, parameters replicated.
       fsdp: rows are split, parameters too.
       tensor: heads, feed-forward and vocabulary are split.
+      sequence: the slots of a memory are split, for the readers sharded_*; everything else is replicated.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
@@ -508,7 +510,7 @@ class EvaluateConfig:
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
       readers: entries of `fot.readers.table.READERS` to evaluate.
-      neighbours: entries that the reader "knn" retrieves per query and head, k.
+      neighbours: entries that a reader retrieves per query and head, k; "dense" reads all.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
       overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
       windows: windows of a row read at once while a memory is filled, with one memory layer; changes no result.

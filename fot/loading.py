@@ -19,8 +19,11 @@ from fot import model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
+from fot.errors import UserError
 from fot.memory import Memory
 from fot.metrics import Progress
+from fot.readers import host
+from fot.readers import table as readers
 from fot.readers.reader import Reader
 
 _HEADS = sharding.MESH_AXES["kv_heads"]
@@ -58,27 +61,74 @@ class Store(NamedTuple):
     clear: Callable[..., Memory]
 
 
-def memory_sharding(mesh: Mesh) -> Memory:
-    """Returns where a memory lives: rows over data and fsdp, key/value heads over tensor."""
-    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS, None, None))
-    documents = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None))
-    return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
+def memory_sharding(mesh: Mesh, slots: str | None = None) -> Memory:
+    """Returns where a memory lives: rows over data and fsdp, key/value heads over tensor, slots over that axis."""
+    place = functools.partial(NamedSharding, mesh)
+    return jax.tree.map(place, _specs(slots), is_leaf=lambda each: isinstance(each, PartitionSpec))
+
+
+def _specs(slots: str | None) -> Memory:
+    pairs = PartitionSpec(None, sharding.ROWS, _HEADS, slots, None)
+    return Memory(pairs, pairs, PartitionSpec(sharding.ROWS, slots), PartitionSpec(sharding.ROWS))
 
 
 @functools.lru_cache(maxsize=64)
 def store(mesh: Mesh) -> Store:
     """Returns the programs of memories that live as `memory_sharding` says; each compiles once for a shape."""
-    place = memory_sharding(mesh)
-    make = jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)
+    return _device_store(memories.write, memory_sharding(mesh))
 
+
+def _device_store(write: Callable[..., Memory], place: Memory) -> Store:
+    return Store(
+        _sized(jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)),
+        write=jax.jit(write, out_shardings=place, donate_argnums=0),
+        clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _sharded_store(mesh: Mesh) -> Store:
+    """Slots are split over the mesh axis `sharding.SLOTS`, and capacities rounded up to a multiple of its devices."""
+    shards, specs = mesh.shape[sharding.SLOTS], _specs(sharding.SLOTS)
+    entries = PartitionSpec(None, sharding.ROWS, None, _HEADS, None)
+
+    def write_part(part: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.Array) -> Memory:
+        first = jax.lax.axis_index(sharding.SLOTS) * part.capacity
+        return memories.write_part(part, keys, values, documents_BT, first, part.capacity * shards)
+
+    # By hand: XLA would bring the slots together for a scatter whose places it does not know.
+    write = jax.shard_map(
+        write_part, mesh=mesh, in_specs=(specs, entries, entries, PartitionSpec(sharding.ROWS)), out_specs=specs
+    )
+    made = _device_store(write, memory_sharding(mesh, sharding.SLOTS))
+    return made._replace(
+        empty=lambda config, rows, capacity, dtype: made.empty(config, rows, -(-capacity // shards) * shards, dtype)
+    )
+
+
+def _host_store(mesh: Mesh) -> Store:
+    if len({device.process_index for device in mesh.devices.flat}) > 1:
+        raise UserError("a memory on the host needs all devices in one process: choose a reader that reads on devices")
+    return Store(_sized(host.empty), host.write, host.clear)
+
+
+def _sized(make: Callable[..., Memory]) -> Callable[[ModelConfig, int, int, str], Memory]:
     def empty(config: ModelConfig, rows: int, capacity: int, dtype: str) -> Memory:
         return make(len(config.memory_layers), rows, capacity, config.kv_heads, config.head_dim, jnp.dtype(dtype))
 
-    return Store(
-        empty,
-        write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
-        clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
-    )
+    return empty
+
+
+STORES: dict[str, Callable[[Mesh], Store]] = {"device": store, "host": _host_store, "sharded": _sharded_store}
+
+
+def store_of(reader: str, mesh: Mesh) -> Store:
+    """Returns the store of what the reader of that name reads.
+
+    Raises:
+      UserError: the mesh can't have it.
+    """
+    return STORES[readers.place(reader)](mesh)
 
 
 @contextlib.contextmanager
@@ -105,7 +155,7 @@ def load(
     Args:
       params: as `model.init` gives them, placed on the mesh.
       config: the model.
-      memory: the memory to append to, of `store(mesh)`.
+      memory: the memory to append to, of `store_of(loading.reader.name, mesh)`.
       windows: numpy arrays [B, T], all of one shape, a row's windows in the order of its text; tokens, documents and
         positions are read.
       loading: how.
@@ -120,23 +170,24 @@ def load(
     """
     alone = len(config.memory_layers) <= 1  # no window's entries depend on another window
     read = _program(config, None if alone else loading.reader, mesh)
-    write, overflow = store(mesh).write, memories.OVERFLOWS[loading.overflow]
+    write, overflow = store_of(loading.reader.name, mesh).write, memories.OVERFLOWS[loading.overflow]
     written_B = _on_host(memory.written)
     before = None
     done = tokens = 0
     began = shown = time.perf_counter()
-    for chunk, count in _chunks(windows, loading.windows if alone else 1):
-        count_B = (chunk.documents >= 0).sum((1, 2))
-        overflow(written_B, count_B, memory.capacity)
-        written_B = written_B + count_B
-        placed = jax.device_put(chunk, NamedSharding(mesh, PartitionSpec(sharding.ROWS, None, None)))
-        entries = read(params, placed, None if alone else memory)
-        memory = write(memory, *entries)
-        jax.block_until_ready(before)
-        if time.perf_counter() - shown > SHOW_SECONDS:
-            shown = time.perf_counter()
-            show(done, tokens / (shown - began))
-        done, tokens, before = done + count, tokens + int(count_B.sum()), entries
+    with jax.set_mesh(mesh):
+        for chunk, count in _chunks(windows, loading.windows if alone else 1):
+            count_B = (chunk.documents >= 0).sum((1, 2))
+            overflow(written_B, count_B, memory.capacity)
+            written_B = written_B + count_B
+            placed = jax.device_put(chunk, NamedSharding(mesh, PartitionSpec(sharding.ROWS, None, None)))
+            entries = read(params, placed, None if alone else memory)
+            memory = write(memory, *entries)
+            jax.block_until_ready(before)
+            if time.perf_counter() - shown > SHOW_SECONDS:
+                shown = time.perf_counter()
+                show(done, tokens / (shown - began))
+            done, tokens, before = done + count, tokens + int(count_B.sum()), entries
     jax.block_until_ready(memory)
     show(done, tokens / (time.perf_counter() - began))
     return memory
@@ -188,5 +239,7 @@ def _read(
     return keys, values, chunk.documents.reshape(B, W * T)
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.array(x)

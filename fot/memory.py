@@ -86,24 +86,46 @@ def write(memory: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.
     Returns:
       The new memory.
     """
-    capacity = memory.capacity
+    return write_part(memory, keys, values, documents_BT, 0, memory.capacity)
+
+
+def write_part(
+    part: Memory,
+    keys: jax.Array,
+    values: jax.Array,
+    documents_BT: jax.Array,
+    first: jax.Array | int,
+    capacity: int,
+) -> Memory:
+    """Appends a window's entries, as `write` does, to a memory of which a device holds a part of the slots.
+
+    Args:
+      part: the slots `first`, `first` + 1, ... of each row; what belongs elsewhere is left out.
+      keys, values, documents_BT: see `write`.
+      first: number of the part's first slot.
+      capacity: slots of a row in all parts together.
+
+    Returns:
+      The new part.
+    """
     real_BT = documents_BT >= 0
     rank_BT = jnp.cumsum(real_BT, axis=1) - 1
     count_B = real_BT.sum(1)
     kept_BT = real_BT & (rank_BT >= (count_B - capacity)[:, None])
-    slot_BT = jnp.where(kept_BT, (memory.written[:, None] + rank_BT) % max(capacity, 1), capacity)
+    slot_BT = (part.written[:, None] + rank_BT) % max(capacity, 1) - first
+    slot_BT = jnp.where(kept_BT & (slot_BT >= 0), slot_BT, capacity)
     row_B1 = jnp.arange(documents_BT.shape[0])[:, None]
-    head_G1 = jnp.arange(memory.keys.shape[2])[:, None]
+    head_G1 = jnp.arange(part.keys.shape[2])[:, None]
 
     def put(held, new):
         new_LBGTH = new.swapaxes(2, 3).astype(held.dtype)
         return held.at[:, row_B1[..., None], head_G1, slot_BT[:, None]].set(new_LBGTH, mode="drop")
 
     return Memory(
-        keys=put(memory.keys, keys),
-        values=put(memory.values, values),
-        documents=memory.documents.at[row_B1, slot_BT].set(documents_BT, mode="drop"),
-        written=memory.written + count_B,
+        keys=put(part.keys, keys),
+        values=put(part.values, values),
+        documents=part.documents.at[row_B1, slot_BT].set(documents_BT, mode="drop"),
+        written=part.written + count_B,
     )
 
 

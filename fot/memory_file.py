@@ -78,6 +78,8 @@ def save(memory: Memory, owner: Owner, folder: pathlib.Path) -> None:
 def load(folder: pathlib.Path, owner: Owner) -> Memory:
     """Returns the memory in a folder as memory-mapped numpy arrays: what isn't used isn't read.
 
+    What is written to the arrays stays in this process.
+
     Raises:
       UserError: there is none, it is damaged, or it belongs to another model or other parameters.
     """
@@ -118,7 +120,7 @@ def _read(path: pathlib.Path, about: dict[str, Any]) -> np.ndarray:
     shape, dtype = tuple(about["shape"]), jnp.dtype(about["dtype"])
     try:
         # An empty array can't be mapped.
-        array = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
+        array = np.load(path, mmap_mode="c" if np.prod(shape) else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): fill the memory again") from None
     if array.shape != shape or array.dtype != _stored(dtype):

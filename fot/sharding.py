@@ -9,8 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
 from fot.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
+SLOTS = "sequence"  # the mesh axis over which the slots of a memory are split, for the readers that say so
 
 # The logical axes of every parameter, by the last name of its path; those of layers come after the layer axis.
 PARAM_AXES: dict[str, tuple[str, ...]] = {
@@ -35,7 +36,7 @@ MESH_AXES = {"dim": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "t
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
-    """Arranges devices in the axes data, fsdp and tensor; an axis of -1 takes what the others leave.
+    """Arranges devices in the axes `AXES`; an axis of -1 takes what the others leave.
 
     Raises:
       ConfigError: the sizes don't multiply to the number of devices.

@@ -152,7 +152,7 @@ WRONG = [
     ({"optimizer.beta2": 1.0}, "optimizer.beta2=1.0 must be in [0, 1)"),
     ({"optimizer.schedule": "rsqrt", "optimizer.warmup_steps": 0}, "optimizer.warmup_steps=0: the rsqrt schedule"),
     # Mesh, train, evaluate.
-    ({"mesh.data": 0}, "mesh.axis sizes (0, -1, 1) must be -1 or above 0"),
+    ({"mesh.data": 0}, "mesh.axis sizes (0, -1, 1, 1) must be -1 or above 0"),
     ({"mesh.data": -1}, "only one axis may be -1"),
     ({"train.steps": 0}, "train.steps=0 must be greater than 0"),
     ({"train.evaluate_every": -1}, "train.evaluate_every=-1 must be 0 or greater"),

@@ -199,6 +199,13 @@ def test_every_mode_of_the_config_is_there():
     assert tuple(perplexity.MODES) == config_lib.MEMORY_MODES
 
 
+def test_an_overflow_can_be_refused(params, mesh):
+    refused = evaluate(params, mesh, memory=(69,), overflow="refuse")
+    assert same(refused.columns[1], evaluate(params, mesh, memory=(69,)).columns[1])
+    with pytest.raises(UserError, match="would have 64 memory entries but has room for 60: raise evaluate.memory"):
+        evaluate(params, mesh, memory=(60,), overflow="refuse")
+
+
 def test_max_documents_and_max_tokens(params, mesh):
     column = evaluate(params, mesh, max_documents=2, max_tokens=20).columns[1]
     assert column.tokens == 20 + 16
@@ -213,9 +220,12 @@ def test_without_memory_layers_only_no_memory_is_measured(mesh):
     assert "none" in report.table(results)
 
 
-def test_sharded_equals_single_device(params, mesh):
-    devices = sharding.make_mesh(config_lib.MeshConfig(tensor=2), jax.devices()[:4])
-    single, sharded = (evaluate(params, each, readers=("knn",)) for each in (mesh, devices))
+@pytest.mark.parametrize(
+    ("reader", "sizes"), [("knn", {"tensor": 2}), ("host", {"tensor": 2}), ("sharded_knn", {"sequence": 2})]
+)
+def test_sharded_equals_single_device(params, mesh, reader, sizes):
+    devices = sharding.make_mesh(config_lib.MeshConfig(**sizes), jax.devices()[:4])
+    single, sharded = (evaluate(params, each, readers=(reader,)) for each in (mesh, devices))
     assert all(same(left, right) for left, right in zip(single.columns, sharded.columns, strict=True))
     with pytest.raises(ConfigError, match="evaluate.batch_size=3 must be a multiple of 2"):
         evaluate(params, devices, batch_size=3)

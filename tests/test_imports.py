@@ -30,11 +30,12 @@ OWNERS = {
     "orbax": {"checkpoint"},
     "tensorflow": {"data"},
     "seqio": {"data"},
+    "faiss": {"readers"},
     "torch": {"convert"},
     "transformers": {"convert"},
 }
 # Slow to import: only inside the functions that need them.
-LAZY = ("tensorflow", "seqio", "torch", "transformers", "matplotlib")
+LAZY = ("tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss")
 
 
 class Import(NamedTuple):

@@ -28,16 +28,17 @@ def shapes_of(config: ModelConfig):
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        (dict(), (1, 8, 1)),
-        (dict(data=2, tensor=2), (2, 2, 2)),
-        (dict(data=-1, fsdp=2), (4, 2, 1)),
-        (dict(data=8, fsdp=1), (8, 1, 1)),
-        (dict(data=1, fsdp=1, tensor=8), (1, 1, 8)),
+        (dict(), (1, 8, 1, 1)),
+        (dict(data=2, tensor=2), (2, 2, 2, 1)),
+        (dict(data=-1, fsdp=2), (4, 2, 1, 1)),
+        (dict(data=8, fsdp=1), (8, 1, 1, 1)),
+        (dict(data=1, fsdp=1, tensor=8), (1, 1, 8, 1)),
+        (dict(fsdp=2, sequence=-1), (1, 2, 1, 4)),
     ],
 )
 def test_mesh_has_every_device_once(sizes, expected):
     mesh = mesh_of(**sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == expected
+    assert mesh.axis_names == ("data", "fsdp", "tensor", "sequence") and mesh.devices.shape == expected
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
 
 

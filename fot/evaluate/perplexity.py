@@ -111,7 +111,7 @@ def evaluate(
     scores: dict[_Run, _Score] = {}
     columns: list[Column] = []
     windows = rows.evaluation_batch_count(corpus, config.data.context, config.evaluate)
-    with Progress(windows * len(set(wanted.values())), 0, sys.stderr) as progress:
+    with jax.set_mesh(mesh), Progress(windows * len(set(wanted.values())), 0, sys.stderr) as progress:
         for (mode, reader, length), run in wanted.items():
             if run not in scores:
                 show = functools.partial(_show, progress, windows * len(scores))
@@ -186,7 +186,7 @@ def _pass(
 ) -> _Score:
     """Reads all documents once."""
     read = _program(config.model, config.evaluate.position_bins, run.reader, mesh)
-    empty, write, clear = loading.store(mesh)
+    store = None if run.reader is None else loading.store_of(run.reader.name, mesh)
     overflow = memories.OVERFLOWS[config.evaluate.overflow]
     forget = MODES[run.mode].forget
     documents = np.full(config.evaluate.batch_size, -1, np.int32)
@@ -204,13 +204,13 @@ def _pass(
         if memory is None:
             return None, read(params, batch, memory, totals)[0]
         if forgotten.any():
-            memory = clear(memory, forgotten)
+            memory = store.clear(memory, forgotten)
         totals, keys, values = read(params, batch, memory, totals)
-        return write(memory, keys, values, batch.documents), totals
+        return store.write(memory, keys, values, batch.documents), totals
 
     memory = None
-    if run.capacity > 0:
-        memory = empty(config.model, config.evaluate.batch_size, run.capacity, config.model.compute_dtype)
+    if store is not None:
+        memory = store.empty(config.model, config.evaluate.batch_size, run.capacity, config.model.compute_dtype)
     bins = len(config.evaluate.position_bins) + 1
     totals = jax.device_put(Totals(np.zeros(bins, np.float32), np.zeros(bins, np.int32)), sharding.replicated(mesh))
     # A window without tokens changes nothing, and compiles everything.

@@ -7,10 +7,26 @@ import jax
 from fot.attention import Partial
 from fot.memory import Slots
 from fot.readers.dense import dense
+from fot.readers.host import host
 from fot.readers.knn import knn
 from fot.readers.reader import Reader
+from fot.readers.sharded import sharded_dense, sharded_knn
 
-READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {"dense": dense, "knn": knn}
+READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {
+    "dense": dense,
+    "knn": knn,
+    "host": host,
+    "sharded_dense": sharded_dense,
+    "sharded_knn": sharded_knn,
+}
+
+# Where the entries lie that a reader reads, an entry of `fot.loading.STORES`; "device" if it isn't named here.
+PLACES = {"host": "host", "sharded_dense": "sharded", "sharded_knn": "sharded"}
+
+
+def place(name: str) -> str:
+    """Returns where the entries lie that the reader of that name reads."""
+    return PLACES.get(name, "device")
 
 
 def read(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
