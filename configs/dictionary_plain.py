@@ -13,5 +13,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.d = (1,)
     config.crossbatch.d_schedule = "constant"
     config.data.context = config.dictionary.document
-    config.data.batch_size = 32
+    config.data.batch_size = 64
     return config

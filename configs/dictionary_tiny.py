@@ -6,15 +6,21 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the run: few records first, then as many as fit, then the definitions of other documents beside them."""
+    """Returns the run: documents of 6 definitions and 6 questions; once it looks up, the definitions of 63 others too.
+
+    Short documents teach lookup in minutes where long ones don't. What makes it last in a large memory are negatives
+    that are hard to tell apart: half of the keys differ in one token from keys of 31 other documents.
+    """
     config = base.get_config()
     base.dictionary(config)
     config.model.unroll = 4
-    config.data.batch_size = 64  # 32 documents
-    config.dictionary.records = (6, 0)
-    config.dictionary.records_steps = (400,)
-    config.crossbatch.d = (1, 16)
-    config.crossbatch.d_after = 400
+    config.model.attention_block = 64
+    config.data.context = 64
+    config.data.batch_size = 128  # 64 documents
+    config.dictionary.window = 64
+    config.dictionary.document = 128
+    config.dictionary.confusable = 0.5
+    config.crossbatch.d = (1, 64)
     config.optimizer.learning_rate = 2e-3
     config.train.steps = 1000
     config.train.evaluate_every = 100

@@ -118,8 +118,12 @@ def write_part(
     head_G1 = jnp.arange(part.keys.shape[2])[:, None]
 
     def put(held, new):
-        new_LBGTH = new.swapaxes(2, 3).astype(held.dtype)
-        return held.at[:, row_B1[..., None], head_G1, slot_BT[:, None]].set(new_LBGTH, mode="drop")
+        new = new.swapaxes(2, 3).astype(held.dtype)
+        if held.dtype == jnp.bfloat16:
+            # As integers: XLA's CPU backend would convert all that is held to float32 and back.
+            held, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (held, new))
+        written = held.at[:, row_B1[..., None], head_G1, slot_BT[:, None]].set(new, mode="drop")
+        return jax.lax.bitcast_convert_type(written, jnp.bfloat16) if held.dtype == jnp.uint16 else written
 
     return Memory(
         keys=put(part.keys, keys),

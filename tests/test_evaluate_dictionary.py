@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fot import config as config_lib
-from fot import crossbatch, model, objective, sharding
+from fot import crossbatch, loading, model, objective, sharding
 from fot.attention import Tokens
 from fot.checkpoint import Checkpointer
 from fot.data import dictionary as data
@@ -97,19 +97,20 @@ def test_a_model_that_looks_up_is_always_right(reader, dtype, mesh):
 
 
 def test_without_its_memory_it_is_not(mesh, monkeypatch):
-    monkeypatch.setattr(dictionary, "_load", lambda params, memory, *rest: (memory, 0.0))
+    monkeypatch.setattr(loading, "load", lambda params, config, memory, *rest: memory)
     [curve] = dictionary.evaluate(by_hand(), config(), mesh, log)
     assert all(point.token_accuracy < 0.4 for point in curve.points)
 
 
 def test_a_memory_of_one_window_gives_what_contexts_give_in_training(mesh):
     """Every token of the questions, and with a model that errs."""
-    values, asked = config(), data.Dictionary(SETTINGS, 0)
+    asked = data.Dictionary(SETTINGS, 0)
     params = by_hand(NOISY)
-    memory = dictionary._empty(values, 32, mesh)
-    progress = dictionary.tqdm.tqdm(disable=True)
-    memory, _ = dictionary._load(params, memory, asked, range(1), values, mesh, progress)
     reader = dictionary.Reader("dense", 2, 64, multi_doc=True)
+    memory = loading.store(mesh).empty(MODEL, 1, 32, "float32")
+    how = loading.Loading(reader, 1, "refuse")
+    windows = dictionary._windows(asked, range(1), 1)
+    memory = loading.load(params, MODEL, memory, windows, how, mesh, lambda *rest: None)
     tokens = asked.questions(1, 0)
     found = np.asarray(dictionary._ask(MODEL, reader, mesh)(params, memory, tokens))
 

@@ -12,21 +12,19 @@ and writes dictionary.json and dictionary.png.
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from fot import config as config_lib
-from fot import memory as memories
-from fot import model, objective, sharding
+from fot import loading, model, objective, sharding
 from fot.attention import Tokens
+from fot.batch import Batch
 from fot.config import ExperimentConfig, ModelConfig
 from fot.data import dictionary
 from fot.data.dictionary import Dictionary
@@ -35,7 +33,8 @@ from fot.evaluate import dictionary_report as report
 from fot.evaluate import sizes
 from fot.evaluate import trained as trained_model
 from fot.evaluate.dictionary_report import Curve, Point
-from fot.memory import Memory
+from fot.loading import Loading
+from fot.readers import table
 from fot.readers.reader import Reader
 
 PLAIN_BLOCK = 1024  # queries per block of attention of a plain transformer: long contexts compile in few blocks
@@ -63,22 +62,45 @@ def evaluate(
     if not config.model.memory_layers:
         raise ConfigError("model.memory_layers is empty: name such a model with --plain, and one with memory otherwise")
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    memory = _empty(config, lengths[-1], mesh)
-    log(f"memory for {lengths[-1]:,} tokens: {(memory.keys.nbytes + memory.values.nbytes) / 2**30:.2f} GiB")
     settings = config.evaluate
     readers = [Reader(name, settings.neighbours, settings.block, multi_doc=True) for name in settings.readers]
-    points: list[list[Point]] = [[] for _ in readers]
+    found = {}
+    for place in dict.fromkeys(table.place(reader.name) for reader in readers):
+        group = [reader for reader in readers if table.place(reader.name) == place]
+        found |= _measure(params, config, asked, lengths, group, mesh, log)
+    return tuple(Curve(_label(reader), tuple(found[reader])) for reader in readers)
+
+
+def _measure(
+    params: model.Params,
+    config: ExperimentConfig,
+    asked: Dictionary,
+    lengths: list[int],
+    readers: list[Reader],
+    mesh: Mesh,
+    log: Callable[[str], None],
+) -> dict[Reader, list[Point]]:
+    """Loads one memory, which all these readers can read, up to each length in turn, and asks."""
+    settings, window = config.evaluate, asked.config.window
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]  # the first is the dictionary's; the others are there to be split
+    store = loading.store_of(readers[0].name, mesh)
+    dtype = config.model.compute_dtype if settings.memory_dtype == "compute" else settings.memory_dtype
+    memory = store.empty(config.model, rows, lengths[-1], dtype)
+    how = Loading(readers[0], settings.windows, "refuse")
+    points: dict[Reader, list[Point]] = {reader: [] for reader in readers}
     loaded, seconds = 0, 0.0
-    with tqdm.tqdm(desc="loading", unit=" tokens", unit_scale=True, total=lengths[-1], file=sys.stderr) as progress:
+    with jax.set_mesh(mesh):
         for length in lengths:
-            windows = range(loaded, length // asked.config.window)
-            memory, spent = _load(params, memory, asked, windows, config, mesh, progress)
-            loaded, seconds = windows.stop, seconds + spent
-            for reader, found in zip(readers, points, strict=True):
+            began = time.perf_counter()
+            windows = _windows(asked, range(loaded, length // window), rows)
+            with loading.progress(length // window - loaded) as show:
+                memory = loading.load(params, config.model, memory, windows, how, mesh, show)
+            loaded, seconds = length // window, seconds + time.perf_counter() - began
+            for reader in readers:
                 ask = functools.partial(_ask(config.model, reader, mesh), params, memory)
-                found.append(_point(ask, asked, length, seconds, settings.questions))
-                log(report.line(_label(reader), found[-1]))
-    return tuple(Curve(_label(reader), tuple(found)) for reader, found in zip(readers, points, strict=True))
+                points[reader].append(_point(ask, asked, length, seconds, settings.questions))
+                log(report.line(_label(reader), points[reader][-1]))
+    return points
 
 
 def evaluate_plain(params: model.Params, config: ExperimentConfig, mesh: Mesh, log: Callable[[str], None]) -> Curve:
@@ -140,78 +162,15 @@ def _point(
     return report.point(length, np.concatenate(correct), load_seconds, time.perf_counter() - began)
 
 
-def _load(
-    params: model.Params,
-    memory: Memory,
-    asked: Dictionary,
-    windows: range,
-    config: ExperimentConfig,
-    mesh: Mesh,
-    progress: tqdm.tqdm,
-) -> tuple[Memory, float]:
-    """Writes windows of definitions into the memory, some side by side, as none has to see another."""
-    read, write = _loading(config.model, mesh)
-    began = time.perf_counter()
-    for tokens, documents in _batches(asked, windows, config.evaluate.windows):
-        keys, values = read(params, tokens)
-        memory = write(memory, keys, values, documents)
-        progress.update(int((documents >= 0).sum()))
-    jax.block_until_ready(memory)
-    return memory, time.perf_counter() - began
-
-
-def _batches(asked: Dictionary, windows: range, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (token ids, documents) of windows, int32 [rows, window]; document -1 where there are no windows left."""
-    for first in range(windows.start, windows.stop, rows):
-        found = [asked.definitions(i) for i in range(first, min(first + rows, windows.stop))]
-        tokens = np.zeros((rows, asked.config.window), np.int32)
-        tokens[: len(found)] = found
-        documents = np.full(tokens.shape, -1, np.int32)
-        documents[: len(found)] = 0
-        yield tokens, documents
-
-
-class _Loading(NamedTuple):
-    """What loading runs; in one program, XLA would copy the memory at every window. See `fot.memory.write`."""
-
-    read: Callable
-    write: Callable
-
-
-@functools.lru_cache(maxsize=8)
-def _loading(config: ModelConfig, mesh: Mesh) -> _Loading:
-    window = NamedSharding(mesh, PartitionSpec(None, None, None, sharding.MESH_AXES["kv_heads"], None))
-    return _Loading(
-        jax.jit(functools.partial(_read, config=config), out_shardings=model.Entries(window, window)),
-        jax.jit(_write, out_shardings=_sharding(mesh), donate_argnums=0),
-    )
-
-
-def _read(params: model.Params, tokens_BT: jax.Array, *, config: ModelConfig) -> model.Entries:
-    """Returns keys and values [L, B, T, G, H] of windows that see nothing else, as the definitions of training."""
-    return model.memory_entries(params, tokens_BT, _row_tokens(tokens_BT), config)
-
-
-def _write(memory: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.Array) -> Memory:
-    """Puts rows behind what the one row of a memory holds; rows of document -1 come last, and leave empty slots."""
-
-    def put(held, new_LBTGH):
-        L, B, T, G, H = new_LBTGH.shape
-        new = new_LBTGH.reshape(L, 1, B * T, G, H).swapaxes(2, 3).astype(held.dtype)
-        if held.dtype != jnp.bfloat16:
-            return jax.lax.dynamic_update_slice_in_dim(held, new, memory.written[0], axis=3)
-        # As integers: XLA's CPU backend would convert all that is held to float32 and back.
-        held, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (held, new))
-        updated = jax.lax.dynamic_update_slice_in_dim(held, new, memory.written[0], axis=3)
-        return jax.lax.bitcast_convert_type(updated, jnp.bfloat16)
-
-    documents = documents_BT.reshape(1, -1)
-    return Memory(
-        put(memory.keys, keys),
-        put(memory.values, values),
-        jax.lax.dynamic_update_slice_in_dim(memory.documents, documents, memory.written[0], axis=1),
-        memory.written + (documents >= 0).sum(1, dtype=jnp.int32),
-    )
+def _windows(asked: Dictionary, numbers: range, rows: int) -> Iterator[Batch]:
+    """Yields windows of definitions for the first row; the others have none."""
+    place = np.arange(asked.config.window, dtype=np.int32)
+    documents = np.full((rows, len(place)), -1, np.int32)
+    documents[0] = 0
+    for number in numbers:
+        tokens = np.broadcast_to(asked.definitions(number), documents.shape)
+        positions = np.broadcast_to(number * len(place) + place, documents.shape)
+        yield Batch(tokens, np.zeros_like(tokens), np.zeros(tokens.shape, np.float32), documents, positions)
 
 
 def _row_tokens(tokens_BT: jax.Array) -> Tokens:
@@ -224,8 +183,10 @@ def _ask(config: ModelConfig, reader: Reader, mesh: Mesh) -> Callable:
     """Returns (params, memory, token ids [T]) -> bool [T], whether the next token was predicted."""
 
     def ask(params, memory, tokens_T):
-        output = model.apply(params, tokens_T[None], _row_tokens(tokens_T[None]), config, memory=memory, reader=reader)
-        return _correct(params, output.hidden, tokens_T, config)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        tokens_BT = jnp.broadcast_to(tokens_T, (rows, len(tokens_T)))
+        output = model.apply(params, tokens_BT, _row_tokens(tokens_BT), config, memory=memory, reader=reader)
+        return _correct(params, output.hidden[:1], tokens_T, config)
 
     return jax.jit(ask, out_shardings=sharding.replicated(mesh))
 
@@ -244,27 +205,6 @@ def _ask_plain(config: ModelConfig, mesh: Mesh) -> Callable:
 
 def _correct(params: model.Params, hidden_1TD: jax.Array, tokens_T: jax.Array, config: ModelConfig) -> jax.Array:
     return objective.token_nll(params, hidden_1TD, jnp.roll(tokens_T, -1)[None], config)[1][0]
-
-
-def _sharding(mesh: Mesh) -> Memory:
-    """Returns where the memory lives: one row, its heads over tensor."""
-    pairs = NamedSharding(mesh, PartitionSpec(None, None, sharding.MESH_AXES["kv_heads"], None, None))
-    return Memory(pairs, pairs, sharding.replicated(mesh), sharding.replicated(mesh))
-
-
-def _empty(config: ExperimentConfig, length: int, mesh: Mesh) -> Memory:
-    """Returns a memory for so many tokens, with room behind them for the rows that the last `_write` leaves empty."""
-    m, dtype = config.model, config.evaluate.memory_dtype
-    make = functools.partial(
-        memories.empty,
-        layers=len(m.memory_layers),
-        rows=1,
-        capacity=length + (config.evaluate.windows - 1) * config.dictionary.window,
-        kv_heads=m.kv_heads,
-        head_dim=m.head_dim,
-        dtype=jnp.dtype(m.compute_dtype if dtype == "compute" else dtype),
-    )
-    return jax.jit(make, out_shardings=_sharding(mesh))()
 
 
 @dataclasses.dataclass(frozen=True)
