@@ -121,7 +121,7 @@ def write_part(
         new_LBGTH = new.swapaxes(2, 3).astype(held.dtype)
         return held.at[:, row_B1[..., None], head_G1, slot_BT[:, None]].set(new_LBGTH, mode="drop")
 
-    return Memory(
+    return part._replace(
         keys=put(part.keys, keys),
         values=put(part.values, values),
         documents=part.documents.at[row_B1, slot_BT].set(documents_BT, mode="drop"),
