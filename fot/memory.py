@@ -125,7 +125,7 @@ def write_part(
         written = held.at[:, row_B1[..., None], head_G1, slot_BT[:, None]].set(new, mode="drop")
         return jax.lax.bitcast_convert_type(written, jnp.bfloat16) if held.dtype == jnp.uint16 else written
 
-    return Memory(
+    return part._replace(
         keys=put(part.keys, keys),
         values=put(part.values, values),
         documents=part.documents.at[row_B1, slot_BT].set(documents_BT, mode="drop"),

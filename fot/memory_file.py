@@ -18,6 +18,7 @@ from fot.errors import UserError
 from fot.memory import Memory
 
 ABOUT = "memory.json"
+ARRAYS = ("keys", "values", "documents", "written")  # the fields of a memory that are stored, each in a file
 _REMEDY = "free disk space or choose another folder"
 _INDIFFERENT = ("remat", "attention_block", "loss_block", "unroll")  # fields that change no result
 
@@ -61,16 +62,13 @@ def save(memory: Memory, owner: Owner, folder: pathlib.Path) -> None:
     """
     if folder.exists():
         raise UserError(f"{folder} exists: choose another folder for the memory")
-    if not all(map(_is_local, memory)):
+    held = {name: getattr(memory, name) for name in ARRAYS}
+    if not all(map(_is_local, held.values())):
         raise UserError(f"can't write {folder}: the memory is spread over several processes; fill it in one")
-    arrays = {name: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name} for name, x in memory._asdict().items()}
-    about = {
-        "arrays": arrays,
-        "model": config_lib.to_dict(owner.model),
-        "fingerprint": owner.fingerprint,
-    }
+    arrays = {name: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name} for name, x in held.items()}
+    about = {"arrays": arrays, "model": config_lib.to_dict(owner.model), "fingerprint": owner.fingerprint}
     with files.new_folder(folder, _REMEDY) as new:
-        for name, array in memory._asdict().items():
+        for name, array in held.items():
             _write(new / f"{name}.npy", array)
         (new / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
@@ -85,7 +83,7 @@ def load(folder: pathlib.Path, owner: Owner) -> Memory:
     """
     about = _about(folder)
     _check_owner(folder, about, owner)
-    return Memory(**{name: _read(folder / f"{name}.npy", about["arrays"][name]) for name in Memory._fields})
+    return Memory(**{name: _read(folder / f"{name}.npy", about["arrays"][name]) for name in ARRAYS})
 
 
 def _write(path: pathlib.Path, array: jax.Array | np.ndarray) -> None:
@@ -134,7 +132,7 @@ def _read(path: pathlib.Path, about: dict[str, Any]) -> np.ndarray:
 def _about(folder: pathlib.Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        for name in Memory._fields:
+        for name in ARRAYS:
             tuple(about["arrays"][name]["shape"]), jnp.dtype(about["arrays"][name]["dtype"])
         dict(about["model"]), str(about["fingerprint"])
     except OSError as error:

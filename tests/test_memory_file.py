@@ -107,7 +107,7 @@ def test_other_parameters_are_refused(folder):
     assert "belongs to other parameters" in refused(folder, other)
 
 
-@pytest.mark.parametrize("name", Memory._fields)
+@pytest.mark.parametrize("name", memory_file.ARRAYS)
 def test_a_damaged_folder_is_refused(folder, name):
     path = folder / f"{name}.npy"
     whole = path.read_bytes()

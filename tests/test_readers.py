@@ -1,5 +1,6 @@
 """Properties of every reader: what it makes of a memory, alone and inside the model."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -79,8 +80,9 @@ WITH_GRADIENT = [name for name in READERS if table.place(name) != "host"]
 
 
 @pytest.fixture(autouse=True)
-def mesh():
-    with jax.set_mesh(MESH):
+def mesh(request):
+    name = request.node.callspec.params.get("name", "") if hasattr(request.node, "callspec") else ""
+    with jax.set_mesh(MESH) if table.place(name) == "sharded" else contextlib.nullcontext():
         yield
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -212,7 +213,7 @@ def _range(part: Bin, number: Any) -> str:
 
 _COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#475569")
 _MODE_LINES = {"single_doc": "-", "multi_doc": "--"}
-_READER_MARKERS = {"dense": "o", "knn": "s"}
+_READER_MARKERS = dict(zip(READER_NAMES, itertools.cycle("os^vDP*Xd<>")))  # noqa: B905
 
 
 def plot(results: Mapping[str, Results], path: str | pathlib.Path) -> None:
