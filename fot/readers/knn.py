@@ -40,11 +40,11 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     count = min(reader.neighbours, M)
     if count == 0:
         shape = (*q.shape[:-1], 0)
-        return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+        return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     grid = _grid(M, count, reader.block)
     best = _groups(q, documents_BT, slots, reader, grid, count)
     if grid.group == 1:
-        return Chosen(grid.start(best.group), best.maximum > -jnp.inf)
+        return Chosen(grid.start(best.group), best.maximum)
     return _refine(q, documents_BT, slots, reader, grid, best.group)
 
 
@@ -136,8 +136,7 @@ def _refine(q, documents_BT, slots: Slots, reader: Reader, grid: _Grid, groups_B
         documents = jax.vmap(lambda d, s: d[s])(slots.documents, slot_BGRC)
         seen = chosen.query_visible(documents, documents_B[:, None, None, None], reader.multi_doc)
         seen &= grid.counts(jnp.repeat(groups_BGRK, grid.group, -1), slot_BGRC)
-        top, choice = jax.lax.top_k(jnp.where(seen, s, -jnp.inf), count)
-        return Chosen(jnp.take_along_axis(slot_BGRC, choice, -1), top > -jnp.inf)
+        return chosen.best(Chosen(slot_BGRC, jnp.where(seen, s, -jnp.inf)), count)
 
     each = jnp.moveaxis(q, 3, 0), documents_BT.T, jnp.moveaxis(groups_BGRTK, 3, 0)
     at_once = max(1, min(T, _CANDIDATES // (B * G * R * count * grid.group * H)))

@@ -19,12 +19,16 @@ class Reader(NamedTuple):
       neighbours: entries retrieved per query and head, k; for top-k readers.
       block: slots scored at once; bounds memory, changes no result.
       multi_doc: whether a query sees entries of other documents than its own.
+      recall_target: share of the k nearest that "approximate" finds, expected.
+      probes: lists that "clustered" reads per query and head.
     """
 
     name: str
     neighbours: int
     block: int
     multi_doc: bool
+    recall_target: float
+    probes: int
 
 
 class Block(NamedTuple):

@@ -6,11 +6,16 @@ import jax
 
 from fot.attention import Partial
 from fot.memory import Slots
+from fot.readers.clustered import clustered
 from fot.readers.dense import dense
 from fot.readers.knn import knn
 from fot.readers.reader import Reader
 
-READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {"dense": dense, "knn": knn}
+READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {
+    "dense": dense,
+    "knn": knn,
+    "clustered": clustered,
+}
 
 
 def read(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
