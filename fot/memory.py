@@ -15,14 +15,20 @@ class Lists(NamedTuple):
     Attributes:
       centroids: [B, G, C, H], unit vectors.
       cluster: [B, G, M] int32, the centroid that each slot belongs to; C is none.
+      order: [B, G, M] int32, the slots, cluster by cluster; those of none at the end.
+      keys: [B, G, M, H], a copy of their keys in this order, so that a list is read as one piece.
       owner: [B, G, I] int32, the centroid that each list belongs to; C is none. A large cluster has several lists.
-      slots: [B, G, I, S] int32, at most S slots of each list; M is none.
+      begin: [B, G, I] int32, where in `order` each list begins.
+      length: [B, G, I] int32, slots of each list.
     """
 
     centroids: jax.Array
     cluster: jax.Array
+    order: jax.Array
+    keys: jax.Array
     owner: jax.Array
-    slots: jax.Array
+    begin: jax.Array
+    length: jax.Array
 
 
 class Slots(NamedTuple):

@@ -24,10 +24,11 @@ def build(memory: Memory, list_size: int) -> Memory:
     M = memory.capacity
     C = max(1, -(-M // list_size))
     count = min(M, C * _SAMPLES)
-    # Evenly over the filled slots.
-    place_BS = (jnp.arange(count) * (memory.length[:, None] / count)).astype(jnp.int32)
+    # Steps of the golden ratio: evenly over the filled slots, and at no one place of windows or lines.
+    share_S = (jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) / 2.0**32
+    place_BS = jnp.minimum((share_S * memory.length[:, None]).astype(jnp.int32), M - 1)
     sample = jnp.take_along_axis(memory.keys, place_BS[None, :, None, :, None], 3).astype(jnp.float32)
-    centroids = _unit(jnp.take_along_axis(sample, (jnp.arange(C) * count // C)[None, None, None, :, None], 3))
+    centroids = _unit(sample[:, :, :, :C])
 
     def improve(_, centroids):
         sums = _per_head(_sums)(sample, _nearest(sample, centroids), centroids)
@@ -39,8 +40,11 @@ def build(memory: Memory, list_size: int) -> Memory:
     return memory._replace(index=_index(memory, centroids, cluster, list_size))
 
 
-def refresh(memory: Memory) -> Memory:
-    """Lists the entries that were written since, under the centroids there are."""
+def refresh(memory: Memory, list_size: int) -> Memory:
+    """Lists the entries that were written since, under the centroids there are.
+
+    `list_size` is that of `build`.
+    """
     lists, M = memory.index.lists, memory.capacity
     old_BM = memory.entries < memory.index.covered[:, None]
     size = min(_block(lists.centroids), M)
@@ -56,31 +60,32 @@ def refresh(memory: Memory) -> Memory:
         return jax.lax.cond(new.any(), assign, lambda cluster: cluster, cluster), None
 
     cluster = jax.lax.scan(visit, lists.cluster, jnp.arange(0, M, size))[0]
-    return memory._replace(index=_index(memory, lists.centroids, cluster, lists.slots.shape[-1]))
+    return memory._replace(index=_index(memory, lists.centroids, cluster, list_size))
 
 
 def _index(memory: Memory, centroids: jax.Array, cluster: jax.Array, list_size: int) -> Index:
-    C, M = centroids.shape[3], memory.capacity
+    C = centroids.shape[3]
     cluster = jnp.where((memory.entries >= 0)[None, :, None], cluster, C)
-    # Each cluster has one list that isn't full at the most.
-    lists = C + M // list_size
-    owner, slots = _per_head(lambda cluster_M: _lists(cluster_M, C, lists, list_size))(cluster)
-    return Index(Lists(centroids, cluster, owner, slots), memory.written)
+    lists = _per_head(lambda *head: _lists(*head, list_size))(centroids, cluster, memory.keys)
+    return Index(lists, memory.written)
 
 
-def _lists(cluster_M: jax.Array, C: int, lists: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns owner [I] and slots [I, S] of one head."""
-    M = len(cluster_M)
+def _lists(centroids_CH: jax.Array, cluster_M: jax.Array, keys_MH: jax.Array, list_size: int) -> Lists:
+    """Returns the lists of one head."""
+    C, M = len(centroids_CH), len(cluster_M)
     order_M = jnp.argsort(cluster_M)
-    cluster_M = cluster_M[order_M]
-    count = jnp.bincount(cluster_M, length=C)
-    needed = -(-count // size)
-    end = jnp.cumsum(needed)
-    known = jnp.minimum(cluster_M, C - 1)
-    rank_M = jnp.arange(M) - (jnp.cumsum(count) - count)[known]
-    list_M = jnp.where(cluster_M < C, (end - needed)[known] + rank_M // size, lists)
-    slots = jnp.full((lists, size), M).at[list_M, rank_M % size].set(order_M, mode="drop")
-    return jnp.searchsorted(end, jnp.arange(lists), side="right").astype(jnp.int32), slots
+    count_C = jnp.bincount(cluster_M, length=C)
+    end_C = jnp.cumsum(-(-count_C // list_size))
+    # A cluster has at the most one list that isn't full.
+    list_I = jnp.arange(C + M // list_size)
+    owner_I = jnp.searchsorted(end_C, list_I, side="right")
+    known_I = jnp.minimum(owner_I, C - 1)
+    past_I = (list_I - end_C[known_I]) * list_size + -(-count_C // list_size)[known_I] * list_size
+    begin_I = (jnp.cumsum(count_C) - count_C)[known_I] + past_I
+    length_I = jnp.where(owner_I < C, jnp.minimum(count_C[known_I] - past_I, list_size), 0)
+    indices = (order_M, owner_I, begin_I, length_I)
+    order_M, owner_I, begin_I, length_I = (x.astype(jnp.int32) for x in indices)
+    return Lists(centroids_CH, cluster_M, order_M, keys_MH[order_M], owner_I, begin_I, length_I)
 
 
 def _per_head(function):

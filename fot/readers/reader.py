@@ -20,6 +20,7 @@ class Reader(NamedTuple):
       block: slots scored at once; bounds memory, changes no result.
       multi_doc: whether a query sees entries of other documents than its own.
       recall_target: share of the k nearest that "approximate" finds, expected.
+      list_size: slots of the lists of "clustered" at the most.
       probes: lists that "clustered" reads per query and head.
     """
 
@@ -28,6 +29,7 @@ class Reader(NamedTuple):
     block: int
     multi_doc: bool
     recall_target: float
+    list_size: int
     probes: int
 
 
