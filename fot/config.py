@@ -22,7 +22,7 @@ LOSS_ROWS = ("all", "last")
 D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
-READER_NAMES = ("dense", "knn")
+READER_NAMES = ("dense", "knn", "approximate", "clustered")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
@@ -417,8 +417,12 @@ class EvaluateConfig:
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
       readers: entries of `fot.readers.table.READERS` to evaluate.
-      neighbours: entries that the reader "knn" retrieves per query and head, k.
+      neighbours: entries that the readers "knn", "approximate" and "clustered" retrieve per query and head, k.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
+      recall_target: share of the k nearest entries that the reader "approximate" is to find, between 0 and 1.
+      list_size: entries of a list of the reader "clustered" at the most; there is about a centroid for so many slots.
+      probes: lists that "clustered" reads per query and head.
+      refresh: tokens per row between two updates of the lists of "clustered"; it reads what is in none exactly.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.
       batch_size: documents read side by side.
       max_documents: evaluate on this many held-out documents at the most; 0 is all.
@@ -430,6 +434,10 @@ class EvaluateConfig:
     readers: tuple[str, ...] = ("dense", "knn")
     neighbours: int = 128
     block: int = 1024
+    recall_target: float = 0.95
+    list_size: int = 512
+    probes: int = 72
+    refresh: int = 4096
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8
     max_documents: int = 0
@@ -437,8 +445,9 @@ class EvaluateConfig:
     position_bins: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
 
     def __post_init__(self):
-        _positive(self, "neighbours", "block", "batch_size")
+        _positive(self, "neighbours", "block", "list_size", "probes", "refresh", "batch_size")
         _not_negative(self, "max_documents", "max_tokens")
+        _require(0 < self.recall_target < 1, f"recall_target={self.recall_target} must lie between 0 and 1")
         _require(
             len(self.memory) > 0 and all(m >= 0 for m in self.memory) and list(self.memory) == sorted(set(self.memory)),
             f"memory={self.memory} must be ascending lengths in tokens",

@@ -111,7 +111,7 @@ def test_without_memory_each_window_is_read_alone(params, mesh):
 
 def test_memory_is_what_was_read_of_the_document(params, mesh):
     corpus = corpora.from_arrays(documents()[:1])
-    reader = Reader("dense", 1, 24, True)
+    reader = Reader("dense", 1, 24, True, 0.9, 4, 2)
 
     @jax.jit
     def read(held, batch):

@@ -34,8 +34,9 @@ from fot.errors import ConfigError, UserError
 from fot.evaluate import perplexity_report as report
 from fot.evaluate import trained as trained_model
 from fot.evaluate.perplexity_report import Bin, Column, Results
-from fot.memory import Memory
+from fot.memory import Index, Lists, Memory
 from fot.metrics import Progress
+from fot.readers import index, table
 from fot.readers.reader import Reader
 
 _HEADS = sharding.MESH_AXES["kv_heads"]
@@ -139,7 +140,15 @@ def _wanted(config: ExperimentConfig, corpus: Corpus) -> dict[tuple[str, str, in
     for mode in evaluate.modes:
         for name in evaluate.readers:
             # What is visible needs no mask: a single_doc memory holds nothing but the row's own document.
-            reader = Reader(name, evaluate.neighbours, evaluate.block, multi_doc=True)
+            reader = Reader(
+                name=name,
+                neighbours=evaluate.neighbours,
+                block=evaluate.block,
+                multi_doc=True,
+                recall_target=evaluate.recall_target,
+                list_size=evaluate.list_size,
+                probes=evaluate.probes,
+            )
             for length in evaluate.memory:
                 if length > 0:
                     run = _Run(mode, reader, min(length, MODES[mode].fills(longest, row)))
@@ -191,7 +200,7 @@ def _pass(
     show: Callable[[int, Totals, float], None],
 ) -> _Score:
     """Reads all documents once."""
-    read, write, clear = _programs(config.model, config.evaluate.position_bins, run.reader, mesh)
+    programs = _programs(config.model, config.evaluate.position_bins, run.reader, mesh)
     forget = MODES[run.mode].forget
     documents = np.full(config.evaluate.batch_size, -1, np.int32)
 
@@ -200,13 +209,14 @@ def _pass(
     ) -> tuple[Memory | None, Totals]:
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         if memory is None:
-            return None, read(params, batch, memory, totals)[0]
+            return None, programs.read(params, batch, memory, totals)[0]
         if forgotten.any():
-            memory = clear(memory, forgotten)
-        totals, keys, values = read(params, batch, memory, totals)
-        return write(memory, keys, values, batch.documents), totals
+            memory = programs.clear(memory, forgotten)
+        totals, keys, values = programs.read(params, batch, memory, totals)
+        return programs.write(memory, keys, values, batch.documents), totals
 
-    memory = _empty(config, run.capacity, mesh)
+    memory = programs.refresh(programs.build(_empty(config, run.capacity, mesh)))
+    every = max(1, config.evaluate.refresh // config.data.context)
     bins = len(config.evaluate.position_bins) + 1
     totals = jax.device_put(Totals(np.zeros(bins, np.float32), np.zeros(bins, np.int32)), sharding.replicated(mesh))
     # A window without tokens changes nothing, and compiles everything.
@@ -217,6 +227,10 @@ def _pass(
     for count, batch in enumerate(rows.evaluation_batches(corpus, config.data.context, config.evaluate), start=1):
         memory, totals = step(memory, totals, batch, forget(documents, batch.documents[:, 0]))
         documents = batch.documents[:, 0]
+        if count % every == 0:
+            # Centroids anew at the first, second, fourth, ... time: as often as the memory has doubled.
+            times = count // every
+            memory = (programs.build if times & (times - 1) == 0 else programs.refresh)(memory)
         if time.perf_counter() - shown > SHOW_SECONDS:
             show(count, totals, time.perf_counter() - began)
             shown = time.perf_counter()
@@ -227,17 +241,21 @@ def _pass(
 
 
 class _Programs(NamedTuple):
-    """What a pass runs; `memory` is given up to `write` and `clear`, `totals` to `read`.
+    """What a pass runs; `memory` is given up to all but `read`, `totals` to `read`.
 
     Attributes:
       read: (params, batch, memory, totals) -> totals with the batch, its keys and values [L, B, T, G, H].
       write: see `fot.memory.write`.
       clear: see `fot.memory.clear`.
+      build: memory -> memory with what the reader wants to find there, see `fot.readers.index`.
+      refresh: the same, for what came since.
     """
 
     read: Callable
     write: Callable
     clear: Callable
+    build: Callable
+    refresh: Callable
 
 
 @functools.lru_cache(maxsize=64)  # the passes of all modes and models of one shape compile once
@@ -247,7 +265,9 @@ def _programs(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None,
     Reading and writing are two of them: in one, XLA would copy the memory at every window, as what is read there
     can't be overwritten in place.
     """
-    place, window = memory_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS, None))
+    indexed = reader is not None and reader.name in table.LISTS
+    place = memory_sharding(mesh)._replace(index=index_sharding(mesh) if indexed else None)
+    window = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS, None))
     return _Programs(
         read=jax.jit(
             functools.partial(_read, config=config, ends=ends, reader=reader),
@@ -256,7 +276,17 @@ def _programs(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None,
         ),
         write=jax.jit(memories.write, out_shardings=place, donate_argnums=0),
         clear=jax.jit(memories.clear, out_shardings=place, donate_argnums=0),
+        **{
+            name: jax.jit(functools.partial(make, list_size=reader.list_size), out_shardings=place, donate_argnums=0)
+            if indexed
+            else _same
+            for name, make in (("build", index.build), ("refresh", index.refresh))
+        },
     )
+
+
+def _same(memory: Memory | None) -> Memory | None:
+    return memory
 
 
 def _read(
@@ -284,6 +314,12 @@ def memory_sharding(mesh: Mesh) -> Memory:
     pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS, None, None))
     documents = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None))
     return Memory(pairs, pairs, documents, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
+
+
+def index_sharding(mesh: Mesh) -> Index:
+    """Returns where the index of a memory lives: where its rows and heads do."""
+    heads = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS))
+    return Index(Lists(*[heads] * len(Lists._fields)), NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
 
 
 def _empty(config: ExperimentConfig, capacity: int, mesh: Mesh) -> Memory | None:

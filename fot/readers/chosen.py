@@ -49,3 +49,28 @@ def query_visible(documents: jax.Array, query_documents: jax.Array, multi_doc: b
     """Which slots of these documents queries of those see; the shapes broadcast."""
     real = documents >= 0
     return real if multi_doc else real & (documents == query_documents)
+
+
+class Cut(NamedTuple):
+    """A block of slots that streams past: its first slot, and its documents [B, S] with -1 where nothing counts."""
+
+    start: jax.Array
+    documents: jax.Array
+
+
+def cut(slots: Slots, first: jax.Array, size: int) -> Cut:
+    """Returns the block of `size` slots from `first`; past the end it begins earlier, and those slots don't count."""
+    start = jnp.minimum(first, slots.documents.shape[1] - size)
+    documents_BS = jax.lax.dynamic_slice_in_dim(slots.documents, start, size, 1)
+    return Cut(start, jnp.where(start + jnp.arange(size) >= first, documents_BS, -1))
+
+
+def scores(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, block: Cut, multi_doc: bool) -> jax.Array:
+    """Returns the logits of a block [B, G, S, R, T], -inf where a slot is not visible.
+
+    Queries come last, so that a maximum over neighbouring slots is one of whole vectors.
+    """
+    keys = jax.lax.dynamic_slice_in_dim(slots.keys, block.start, block.documents.shape[1], 2)
+    s = jnp.einsum("bgsh,bgrth->bgsrt", keys, q_BGRTH, preferred_element_type=jnp.float32)
+    seen = query_visible(block.documents[:, :, None], documents_BT[:, None], multi_doc)
+    return jnp.where(seen[:, None, :, None], s, -jnp.inf)

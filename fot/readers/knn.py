@@ -90,21 +90,14 @@ def _groups(q, documents_BT, slots: Slots, reader: Reader, grid: _Grid, count: i
     size, in_block = grid.size, grid.size // grid.group
     nothing = jnp.full((B, G, in_block, R, T), -jnp.inf)
 
-    def maxima(block):
-        first = block * size
-        start = jnp.minimum(first, grid.slots - size)
-        documents_BS = jax.lax.dynamic_slice_in_dim(slots.documents, start, size, 1)
-        documents_BS = jnp.where(start + jnp.arange(size) >= first, documents_BS, -1)
+    def maxima(number):
+        block = chosen.cut(slots, number * size, size)
 
         def score():
-            # Queries come last: so a group's maximum is one of whole vectors.
-            keys = jax.lax.dynamic_slice_in_dim(slots.keys, start, size, 2)
-            s = jnp.einsum("bgsh,bgrth->bgsrt", keys, q, preferred_element_type=jnp.float32)
-            seen = chosen.query_visible(documents_BS[:, :, None], documents_BT[:, None], reader.multi_doc)
-            s = jnp.where(seen[:, None, :, None], s, -jnp.inf)
+            s = chosen.scores(q, documents_BT, slots, block, reader.multi_doc)
             return s.reshape(B, G, in_block, grid.group, R, T).max(3)
 
-        return jax.lax.cond((documents_BS >= 0).any(), score, lambda: nothing)
+        return jax.lax.cond((block.documents >= 0).any(), score, lambda: nothing)
 
     chunk = max(1, min(grid.blocks, _MAXIMA // (q.size // q.shape[-1] * in_block)))
 

@@ -6,6 +6,7 @@ import jax
 
 from fot.attention import Partial
 from fot.memory import Slots
+from fot.readers.approximate import approximate
 from fot.readers.clustered import clustered
 from fot.readers.dense import dense
 from fot.readers.knn import knn
@@ -14,8 +15,12 @@ from fot.readers.reader import Reader
 READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {
     "dense": dense,
     "knn": knn,
+    "approximate": approximate,
     "clustered": clustered,
 }
+
+# Those that read lists, if the memory has some: see `fot.readers.index`.
+LISTS = ("clustered",)
 
 
 def read(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
