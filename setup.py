@@ -25,9 +25,11 @@ setup(
         "zstandard>=0.25",
     ],
     extras_require={
+        "faiss": ["faiss-cpu>=1.15"],
         "huggingface": ["tokenizers>=0.23.3"],
         "seqio": ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10"],
         "test": [
+            "faiss-cpu>=1.15",
             "hypothesis>=6.170",
             "ipykernel>=7.4",
             "nbclient>=0.11",

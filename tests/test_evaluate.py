@@ -182,6 +182,15 @@ def test_knn_of_all_entries_is_dense(params, mesh):
     assert same(dense, knn)
 
 
+@pytest.mark.parametrize("mode", perplexity.MODES)
+@pytest.mark.parametrize("refresh", [T, 2 * T, 10**6])
+def test_all_lists_of_a_growing_memory_are_all_entries(params, mesh, refresh, mode):
+    """Built, refreshed, overwritten and cleared on the way; and never built."""
+    changes = {"readers": ("dense", "clustered"), "neighbours": 24, "list_size": 4, "probes": 100, "refresh": refresh}
+    _, dense, clustered = evaluate(params, mesh, modes=(mode,), **changes).columns
+    assert same(dense, clustered)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_the_block_changes_nothing(params, mesh, reader):
     # 16 does not divide 24: the last block shares slots with the one before.
@@ -213,9 +222,12 @@ def test_without_memory_layers_only_no_memory_is_measured(mesh):
     assert "none" in report.table(results)
 
 
-def test_sharded_equals_single_device(params, mesh):
+@pytest.mark.parametrize("reader", ("knn", "clustered"))
+def test_sharded_equals_single_device(params, mesh, reader):
     devices = sharding.make_mesh(config_lib.MeshConfig(tensor=2), jax.devices()[:4])
-    single, sharded = (evaluate(params, each, readers=("knn",)) for each in (mesh, devices))
+    single, sharded = (
+        evaluate(params, each, readers=(reader,), list_size=4, probes=3, refresh=T) for each in (mesh, devices)
+    )
     assert all(same(left, right) for left, right in zip(single.columns, sharded.columns, strict=True))
     with pytest.raises(ConfigError, match="evaluate.batch_size=3 must be a multiple of 2"):
         evaluate(params, devices, batch_size=3)
@@ -259,7 +271,7 @@ def made_up(scale: float) -> report.Results:
 
 def test_tables():
     lines = report.table(made_up(2.0)).splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + len(perplexity.MODES) * len(READERS)
     assert lines[1].split() == ["mode", "reader", "0", "256", "16,384"]
     assert lines[2].split() == ["single_doc", "dense", "7.389", "6.990", "(-5.4%)", "6.706", "(-9.2%)"]
     assert len({len(line) for line in lines[1:]}) == 1

@@ -34,7 +34,7 @@ OWNERS = {
     "transformers": {"convert"},
 }
 # Slow to import: only inside the functions that need them.
-LAZY = ("tensorflow", "seqio", "torch", "transformers", "matplotlib")
+LAZY = ("faiss", "tensorflow", "seqio", "torch", "transformers", "matplotlib")
 
 
 class Import(NamedTuple):

@@ -222,7 +222,7 @@ def _range(part: Bin, number: Any) -> str:
 
 _COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#475569")
 _MODE_LINES = {"single_doc": "-", "multi_doc": "--"}
-_READER_MARKERS = {"dense": "o", "knn": "s"}
+_READER_MARKERS = {"dense": "o", "knn": "s", "approximate": "^", "clustered": "D"}
 
 
 def plot(results: Mapping[str, Results], path: str | pathlib.Path) -> None:
@@ -268,7 +268,7 @@ def _plot_memory(axes: Any, results: Mapping[str, Results]) -> None:
                 linestyle=_MODE_LINES[mode],
                 marker=_READER_MARKERS[reader],
                 markersize=5,
-                markerfacecolor="white" if reader == "knn" else color,
+                markerfacecolor=color if reader == "dense" else "white",
                 label=f"{label}, {mode}, {reader}",
             )
     # 0 has a place on the axis: linear up to the shortest memory, in powers of 2 from there.

@@ -2,8 +2,9 @@
 
 The algorithm of `jax.lax.approx_max_k` (TPU-KNN, arXiv 2206.14286): slots are dealt to L bins, and of each bin only
 the largest logit is kept. One of the k largest is lost where it shares its bin with a larger one. With slots in no
-order of their logits the expected recall is (1 - 1/L)^(k-1), so L = (1 - k) / log(recall) suffices; XLA makes bins of
-a power of two of slots, and no fewer than a TPU has lanes.
+order of their logits the j-th largest is found with probability (1 - 1/L)^(j-1), hence each with (1 - 1/L)^(k-1) at
+least, and L = (1 - k) / log(recall) bins suffice; XLA makes bins of a power of two of slots, and no fewer bins than a
+TPU has lanes.
 """
 
 import math

@@ -56,14 +56,14 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
 
 def _search(q_QH, query_documents_Q, documents_M, lists: Lists, count: int, reader: Reader) -> Chosen:
     """Searches the lists of one head."""
-    Q, (C, _), (M, _), I = len(q_QH), lists.centroids.shape, lists.keys.shape, len(lists.owner)
-    probes, size = min(reader.probes, I), min(reader.list_size, M)
+    Q, C, M, count_I = len(q_QH), len(lists.centroids), len(lists.keys), len(lists.owner)
+    probes, size = min(reader.probes, count_I), min(reader.list_size, M)
     s_QC = jnp.einsum("qh,ch->qc", q_QH, lists.centroids, preferred_element_type=jnp.float32)
     s_QI = jnp.where(lists.owner < C, s_QC[:, jnp.minimum(lists.owner, C - 1)], -jnp.inf)
     list_QP = jax.lax.top_k(s_QI, probes)[1]
     list_X, order_X = jax.lax.sort_key_val(list_QP.reshape(-1), jnp.arange(Q * probes))  # X pairs of query and list
     # Where each list's pairs begin, and its tiles of them end.
-    begin_I = jnp.searchsorted(list_X, jnp.arange(I + 1)).astype(jnp.int32)
+    begin_I = jnp.searchsorted(list_X, jnp.arange(count_I + 1)).astype(jnp.int32)
     tile = min(_TILE, Q)
     end_I = jnp.cumsum(-(-jnp.diff(begin_I) // tile))
     query_X = jnp.pad(order_X, (0, tile)) // probes
