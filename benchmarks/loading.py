@@ -28,7 +28,7 @@ from fot import config as config_lib
 from fot import loading, model, sharding
 from fot.batch import Batch
 from fot.config import ModelConfig
-from fot.readers.reader import Reader
+from fot.readers.reader import of_config
 
 Line = dict[str, Any]
 
@@ -73,7 +73,7 @@ def run_case(name: str, size_name: str) -> Line:
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices())
     params = jax.jit(lambda key: model.init(key, MODEL))(jax.random.key(0))
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    how = loading.Loading(Reader("knn", evaluate.neighbours, evaluate.block, True), evaluate.windows, "refuse")
+    how = loading.Loading(of_config("knn", evaluate), evaluate.windows, "refuse")
     store = loading.store(mesh)
 
     def fill(count: int) -> float:

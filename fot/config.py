@@ -22,7 +22,7 @@ LOSS_ROWS = ("all", "last")
 D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
-READER_NAMES = ("dense", "knn", "host", "sharded_dense", "sharded_knn")
+READER_NAMES = ("dense", "knn", "approximate", "clustered", "host", "sharded_dense", "sharded_knn")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
@@ -510,8 +510,12 @@ class EvaluateConfig:
     Attributes:
       memory: memory lengths to compare, in tokens per row, 0 being no memory.
       readers: entries of `fot.readers.table.READERS` to evaluate.
-      neighbours: entries that a reader retrieves per query and head, k; "dense" reads all.
+      neighbours: entries that a reader retrieves per query and head, k; dense ones read all.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
+      recall_target: share of the k nearest entries that the reader "approximate" is to find, between 0 and 1.
+      list_size: entries of a list of the reader "clustered" at the most; there is about a centroid for so many slots.
+      probes: lists that "clustered" reads per query and head.
+      refresh: tokens per row between two updates of the lists of "clustered"; it reads what is in none exactly.
       overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
       windows: windows of a row read at once while a memory is filled, with one memory layer; changes no result.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.
@@ -535,6 +539,10 @@ class EvaluateConfig:
     block: int = 1024
     overflow: str = "drop_oldest"
     windows: int = 4
+    recall_target: float = 0.95
+    list_size: int = 512
+    probes: int = 72
+    refresh: int = 4096
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8
     max_documents: int = 0
@@ -551,7 +559,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         _positive(self, "neighbours", "block", "windows", "batch_size", "query_windows", "inspected", "retrieved")
-        _positive(self, "questions", "plain_tokens")
+        _positive(self, "questions", "plain_tokens", "list_size", "probes", "refresh")
+        _require(0 < self.recall_target < 1, f"recall_target={self.recall_target} must lie between 0 and 1")
         _one_of(self, "overflow", OVERFLOWS)
         _one_of(self, "memory_dtype", MEMORY_DTYPES)
         _not_negative(self, "max_documents", "max_tokens", "surroundings")

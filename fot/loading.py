@@ -20,9 +20,9 @@ from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
 from fot.errors import UserError
-from fot.memory import Memory
+from fot.memory import Index, Lists, Memory
 from fot.metrics import Progress
-from fot.readers import host
+from fot.readers import host, index
 from fot.readers import table as readers
 from fot.readers.reader import Reader
 
@@ -54,11 +54,14 @@ class Store(NamedTuple):
       empty: (config, rows, capacity, dtype) -> a memory without entries for the model's memory layers.
       write: see `fot.memory.write`.
       clear: see `fot.memory.clear`.
+      build, refresh: memory -> memory with what its reader looks up there, made anew or kept up (`fot.readers.index`).
     """
 
     empty: Callable[[ModelConfig, int, int, str], Memory]
     write: Callable[..., Memory]
     clear: Callable[..., Memory]
+    build: Callable[[Memory], Memory] = lambda memory: memory
+    refresh: Callable[[Memory], Memory] = lambda memory: memory
 
 
 def memory_sharding(mesh: Mesh, slots: str | None = None) -> Memory:
@@ -106,6 +109,24 @@ def _sharded_store(mesh: Mesh) -> Store:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _listed_store(mesh: Mesh, list_size: int) -> Store:
+    """Lists lie where the rows and heads of their memory do."""
+    heads = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS))
+    lists = Index(Lists(*[heads] * len(Lists._fields)), NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
+    place = memory_sharding(mesh)._replace(index=lists)
+    build, refresh = (
+        jax.jit(functools.partial(make, list_size=list_size), out_shardings=place, donate_argnums=0)
+        for make in (index.build, index.refresh)
+    )
+    made = _device_store(memories.write, place)
+    return made._replace(
+        empty=lambda *shape: build(store(mesh).empty(*shape)),
+        build=build,
+        refresh=refresh,
+    )
+
+
 def _host_store(mesh: Mesh) -> Store:
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         raise UserError("a memory on the host needs all devices in one process: choose a reader that reads on devices")
@@ -119,16 +140,21 @@ def _sized(make: Callable[..., Memory]) -> Callable[[ModelConfig, int, int, str]
     return empty
 
 
-STORES: dict[str, Callable[[Mesh], Store]] = {"device": store, "host": _host_store, "sharded": _sharded_store}
+STORES: dict[str, Callable[[Mesh, Reader], Store]] = {
+    "device": lambda mesh, reader: store(mesh),
+    "lists": lambda mesh, reader: _listed_store(mesh, reader.list_size),
+    "sharded": lambda mesh, reader: _sharded_store(mesh),
+    "host": lambda mesh, reader: _host_store(mesh),
+}
 
 
-def store_of(reader: str, mesh: Mesh) -> Store:
-    """Returns the store of what the reader of that name reads.
+def store_of(reader: Reader, mesh: Mesh) -> Store:
+    """Returns the store of what that reader reads.
 
     Raises:
       UserError: the mesh can't have it.
     """
-    return STORES[readers.place(reader)](mesh)
+    return STORES[readers.place(reader.name)](mesh, reader)
 
 
 @contextlib.contextmanager
@@ -155,7 +181,7 @@ def load(
     Args:
       params: as `model.init` gives them, placed on the mesh.
       config: the model.
-      memory: the memory to append to, of `store_of(loading.reader.name, mesh)`.
+      memory: the memory to append to, of `store_of(loading.reader, mesh)`.
       windows: numpy arrays [B, T], all of one shape, a row's windows in the order of its text; tokens, documents and
         positions are read.
       loading: how.
@@ -170,7 +196,7 @@ def load(
     """
     alone = len(config.memory_layers) <= 1  # no window's entries depend on another window
     read = _program(config, None if alone else loading.reader, mesh)
-    write, overflow = store_of(loading.reader.name, mesh).write, memories.OVERFLOWS[loading.overflow]
+    write, overflow = store_of(loading.reader, mesh).write, memories.OVERFLOWS[loading.overflow]
     written_B = _on_host(memory.written)
     before = None
     done = tokens = 0

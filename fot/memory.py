@@ -13,17 +13,55 @@ import numpy as np
 from fot.errors import UserError
 
 
+class Lists(NamedTuple):
+    """Slots in lists by the direction of their keys, an inverted file: one layer's, or with a first axis L.
+
+    Attributes:
+      centroids: [B, G, C, H], unit vectors.
+      cluster: [B, G, M] int32, the centroid that each slot belongs to; C is none.
+      order: [B, G, M] int32, the slots, cluster by cluster; those of none at the end.
+      keys: [B, G, M, H], a copy of their keys in this order, so that a list is read as one piece.
+      owner: [B, G, I] int32, the centroid that each list belongs to; C is none. A large cluster has several lists.
+      begin: [B, G, I] int32, where in `order` each list begins.
+      length: [B, G, I] int32, slots of each list.
+    """
+
+    centroids: jax.Array
+    cluster: jax.Array
+    order: jax.Array
+    keys: jax.Array
+    owner: jax.Array
+    begin: jax.Array
+    length: jax.Array
+
+
 class Slots(NamedTuple):
     """One layer's view of a memory.
 
     Attributes:
       keys, values: [B, G, M, H].
       documents: [B, M] int32, document of the entry's token; -1 is an empty slot.
+      lists: the slots in lists, for readers that use them; None if nothing made them.
+      listed: [B, M] bool, the slots whose entries `lists` knows; None without lists.
     """
 
     keys: jax.Array
     values: jax.Array
     documents: jax.Array
+    lists: Lists | None = None
+    listed: jax.Array | None = None
+
+
+class Index(NamedTuple):
+    """What `fot.readers.index` keeps of a memory.
+
+    Attributes:
+      lists: with a first axis L.
+      covered: [B] int32, the first so many entries of a row are in the lists.
+    """
+
+    lists: Lists
+    covered: jax.Array
 
 
 class Memory(NamedTuple):
@@ -33,12 +71,14 @@ class Memory(NamedTuple):
       keys, values: [L, B, G, M, H], L counting memory layers only; a head's slots lie together, as they are read.
       documents: [B, M] int32, document of the entry's token; -1 is an empty slot.
       written: [B] int32, how many entries the row has taken since it was cleared.
+      index: lists of slots, which `fot.readers.index` makes; None without.
     """
 
     keys: jax.Array
     values: jax.Array
     documents: jax.Array
     written: jax.Array
+    index: Index | None = None
 
     @property
     def capacity(self) -> int:
@@ -52,7 +92,17 @@ class Memory(NamedTuple):
 
     def slots(self, layer: int) -> Slots:
         """Returns the view of the layer-th memory layer."""
-        return Slots(self.keys[layer], self.values[layer], self.documents)
+        slots = Slots(self.keys[layer], self.values[layer], self.documents)
+        if self.index is None:
+            return slots
+        lists = jax.tree.map(lambda x: x[layer], self.index.lists)
+        return slots._replace(lists=lists, listed=self.entries < self.index.covered[:, None])
+
+    @property
+    def entries(self) -> jax.Array:
+        """[B, M] int32, which entry of its row, counted from the first written, each slot holds; below 0 is none."""
+        newest = self.written[:, None] - 1
+        return newest - (newest - jnp.arange(self.capacity)) % max(self.capacity, 1)
 
 
 def empty(layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Memory:
@@ -68,9 +118,11 @@ def empty(layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, d
 
 def clear(memory: Memory, rows_B: jax.Array) -> Memory:
     """Empties the rows where `rows_B` [B] bool is true."""
+    index = memory.index
     return memory._replace(
         documents=jnp.where(rows_B[:, None], -1, memory.documents),
         written=jnp.where(rows_B, 0, memory.written),
+        index=index and index._replace(covered=jnp.where(rows_B, 0, index.covered)),
     )
 
 

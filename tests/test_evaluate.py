@@ -111,7 +111,7 @@ def test_without_memory_each_window_is_read_alone(params, mesh):
 
 def test_memory_is_what_was_read_of_the_document(params, mesh):
     corpus = corpora.from_arrays(documents()[:1])
-    reader = Reader("dense", 1, 24, True)
+    reader = Reader("dense", 1, 24, True, 0.9, 4, 2)
 
     @jax.jit
     def read(held, batch):
@@ -182,6 +182,15 @@ def test_knn_of_all_entries_is_dense(params, mesh):
     assert same(dense, knn)
 
 
+@pytest.mark.parametrize("mode", perplexity.MODES)
+@pytest.mark.parametrize("refresh", [T, 2 * T, 10**6])
+def test_all_lists_of_a_growing_memory_are_all_entries(params, mesh, refresh, mode):
+    """Built, refreshed, overwritten and cleared on the way; and never built."""
+    changes = {"readers": ("dense", "clustered"), "neighbours": 24, "list_size": 4, "probes": 100, "refresh": refresh}
+    _, dense, clustered = evaluate(params, mesh, modes=(mode,), **changes).columns
+    assert same(dense, clustered)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_the_block_changes_nothing(params, mesh, reader):
     # 16 does not divide 24: the last block shares slots with the one before.
@@ -221,11 +230,14 @@ def test_without_memory_layers_only_no_memory_is_measured(mesh):
 
 
 @pytest.mark.parametrize(
-    ("reader", "sizes"), [("knn", {"tensor": 2}), ("host", {"tensor": 2}), ("sharded_knn", {"sequence": 2})]
+    ("reader", "sizes"),
+    [("knn", {"tensor": 2}), ("clustered", {"tensor": 2}), ("host", {"tensor": 2}), ("sharded_knn", {"sequence": 2})],
 )
 def test_sharded_equals_single_device(params, mesh, reader, sizes):
     devices = sharding.make_mesh(config_lib.MeshConfig(**sizes), jax.devices()[:4])
-    single, sharded = (evaluate(params, each, readers=(reader,)) for each in (mesh, devices))
+    single, sharded = (
+        evaluate(params, each, readers=(reader,), list_size=4, probes=3, refresh=T) for each in (mesh, devices)
+    )
     assert all(same(left, right) for left, right in zip(single.columns, sharded.columns, strict=True))
     with pytest.raises(ConfigError, match="evaluate.batch_size=3 must be a multiple of 2"):
         evaluate(params, devices, batch_size=3)
@@ -269,7 +281,7 @@ def made_up(scale: float, readers=("dense", "knn")) -> report.Results:
 
 def test_tables():
     lines = report.table(made_up(2.0)).splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + len(perplexity.MODES) * len(READERS)
     assert lines[1].split() == ["mode", "reader", "0", "256", "16,384"]
     assert lines[2].split() == ["single_doc", "dense", "7.389", "6.990", "(-5.4%)", "6.706", "(-9.2%)"]
     assert len({len(line) for line in lines[1:]}) == 1

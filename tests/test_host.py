@@ -50,7 +50,7 @@ def read(slots, reader: Reader) -> Partial:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_host_keeps_what_a_device_keeps(capacity, dtype):
     device, here = both(capacity, dtype)
-    for left, right in zip(device, here.arrays, strict=True):
+    for left, right in zip(*map(jax.tree.leaves, (device, here.arrays)), strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(here.written, device.written)
@@ -65,14 +65,14 @@ def test_the_host_finds_what_knn_finds(capacity, multi_doc, dtype):
         for neighbours in (1, 4, 200):
             # In float32 `knn` and `host` take the same values of bfloat16 entries.
             slots = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, device.slots(layer))
-            wanted = read(slots, Reader("knn", neighbours, 3, multi_doc))
-            found = read(here.slots(layer), Reader("host", neighbours, 3, multi_doc))
+            wanted = read(slots, Reader("knn", neighbours, 3, multi_doc, 0.9, 4, 2))
+            found = read(here.slots(layer), Reader("host", neighbours, 3, multi_doc, 0.9, 4, 2))
             for left, right in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
 def test_one_program_reads_all_memories_as_they_are_now():
-    reader = Reader("host", 4, 16, True)
+    reader = Reader("host", 4, 16, True, 0.9, 4, 2)
     (_, first), (_, second) = both(7, jnp.float32), both(9, jnp.float32, windows=2)
     before, other = read(first.slots(0), reader), read(second.slots(0), reader)
     count = read._cache_size()
@@ -96,7 +96,7 @@ def test_a_memory_of_a_file_is_read_where_it_lies(tmp_path):
     memory_file.save(here.arrays, owner, tmp_path / "memory")
     held = host.hold(memory_file.load(tmp_path / "memory", owner))
     assert isinstance(held.arrays.keys, np.memmap)
-    reader = Reader("host", 4, 16, True)
+    reader = Reader("host", 4, 16, True, 0.9, 4, 2)
     jax.tree.map(np.testing.assert_array_equal, read(held.slots(1), reader), read(here.slots(1), reader))
     # It can go on from there; the file stays as it is.
     held, device = host.write(held, *window(9)), memory.write(device, *window(9))
@@ -108,4 +108,4 @@ def test_without_faiss_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     with pytest.raises(UserError, match=r"reader 'host' needs FAISS: pip install 'fot\[faiss\]'"):
-        loading.store_of("host", mesh).empty(MODEL, B, 4, "float32")
+        loading.store_of(Reader("host", 4, 16, True, 0.9, 4, 2), mesh).empty(MODEL, B, 4, "float32")

@@ -32,7 +32,7 @@ def filled(dtype: str = "float32", capacity: int = 10) -> Memory:
 
 
 def same(left: Memory, right: Memory) -> None:
-    for x, y in zip(left, right, strict=True):
+    for x, y in zip(*map(jax.tree.leaves, (left, right)), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
 

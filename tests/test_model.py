@@ -303,9 +303,9 @@ def test_reading_a_memory_equals_crossbatch_with_the_previous_context(positions,
     first = evaluate(params(config), previous, None, config, None)
     close(first.hidden, trained.hidden[previous])
     memories = written(config, first, DOCUMENTS[previous])
-    on_devices = [name for name in READERS if place_of(name) == "device"]
+    on_devices = [name for name in READERS if place_of(name) in ("device", "lists")]
     for name in on_devices if positions == "none" else ["dense"]:
-        second = evaluate(params(config), current, memories, config, Reader(name, 2 * T, 4, False))
+        second = evaluate(params(config), current, memories, config, Reader(name, 2 * T, 4, False, 0.9, 4, 2))
         close(second.hidden, trained.hidden[current])
         close(second.keys, trained.keys[:, current])
 
@@ -321,7 +321,7 @@ def test_reading_a_memory_of_all_documents_equals_crossbatch_with_negatives():
     @functools.partial(jax.jit, static_argnums=2)
     def window(params, memories, rows):
         cut = jax.tree.map(lambda x: x[np.array(rows)], tokens)
-        reader = Reader("dense", 1, 5, True)
+        reader = Reader("dense", 1, 5, True, 0.9, 4, 2)
         return model.apply(params, INPUTS[np.array(rows)], cut, config, memory=memories, reader=reader)
 
     first = window(params(config), None, (0, 2))

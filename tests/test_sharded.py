@@ -57,7 +57,7 @@ def filled(store: loading.Store, capacity: int, windows: int) -> Memory:
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_what_is_written_is_what_one_device_would_hold(sizes, windows):
     mesh = make(sizes)
-    held = filled(loading.store_of("sharded_knn", mesh), 19, windows)
+    held = filled(loading.store_of(Reader("sharded_knn", 4, 3, True, 0.9, 4, 2), mesh), 19, windows)
     assert held.capacity == -(-19 // mesh.shape["sequence"]) * mesh.shape["sequence"]
     assert held.keys.sharding.spec[3] == held.documents.sharding.spec[1] == "sequence"
     wanted = memory.empty(LAYERS, B, held.capacity, G, H, jnp.float32)
@@ -72,11 +72,11 @@ def test_what_is_written_is_what_one_device_would_hold(sizes, windows):
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_it_is_read_as_on_one_device(sizes, name, neighbours, multi_doc):
     mesh = make(sizes)
-    held = filled(loading.store_of(name, mesh), 37, 6)
+    held = filled(loading.store_of(Reader(name, 4, 3, True, 0.9, 4, 2), mesh), 37, 6)
     with jax.set_mesh(mesh):
-        found = read(held.slots(1), Reader(name, neighbours, 3, multi_doc))
+        found = read(held.slots(1), Reader(name, neighbours, 3, multi_doc, 0.9, 4, 2))
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), held.slots(1))
-    wanted = read(alone, Reader(WHOLE[name], neighbours, 3, multi_doc))
+    wanted = read(alone, Reader(WHOLE[name], neighbours, 3, multi_doc, 0.9, 4, 2))
     for left, right in zip(found, wanted, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
@@ -94,11 +94,11 @@ def collectives(text: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_devices_exchange_does_not_grow_with_the_memory(name):
     mesh, k, seen = make(MESHES["slots"]), 4, []
-    store = loading.store_of(name, mesh)
+    store = loading.store_of(Reader(name, 4, 3, True, 0.9, 4, 2), mesh)
     for capacity in (1024, 8192):
         held = store.empty(MODEL, B, capacity, "float32")
         with jax.set_mesh(mesh):
-            text = read.lower(held.slots(0), Reader(name, k, 64, True)).compile().as_text()
+            text = read.lower(held.slots(0), Reader(name, k, 64, True, 0.9, 4, 2)).compile().as_text()
         seen.append(collectives(text))
         written = store.write.lower(held, *window(0)).compile().as_text()
         assert sum(sum(sizes) for sizes in collectives(written).values()) <= 4 * LAYERS * B * T * G * H
@@ -127,13 +127,13 @@ mesh = sharding.make_mesh(config_lib.MeshConfig(fsdp=1, sequence=4), jax.devices
 assert mesh.devices.size == 4 and len(jax.local_devices()) == 2
 results = []
 for name in here.WHOLE:
-    store = loading.store_of(name, mesh)
+    store = loading.store_of(Reader(name, 4, 3, True, 0.9, 4, 2), mesh)
     with jax.set_mesh(mesh):
         held = store.empty(here.MODEL, here.B, 37, "float32")
         for index in range(6):
             entries = jax.device_put(here.window(index), sharding.replicated(mesh))
             held = store.write(held, *entries)
-        part = here.read(held.slots(1), Reader(name, 4, 3, True))
+        part = here.read(held.slots(1), Reader(name, 4, 3, True, 0.9, 4, 2))
     results += [np.asarray(x.addressable_data(0)) for x in part]
 np.savez(sys.argv[3], *results)
 """
@@ -162,7 +162,7 @@ def test_across_two_processes(tmp_path):
         lambda x: jnp.asarray(np.asarray(x)),
         filled(loading.store(make({"data": 1, "fsdp": 1, "sequence": -1})), 40, 6).slots(1),
     )
-    wanted = [x for name in WHOLE.values() for x in read(alone, Reader(name, 4, 3, True))]
+    wanted = [x for name in WHOLE.values() for x in read(alone, Reader(name, 4, 3, True, 0.9, 4, 2))]
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
         for left, right in zip(found.values(), wanted, strict=True):

@@ -35,7 +35,7 @@ from fot.evaluate import trained as trained_model
 from fot.evaluate.dictionary_report import Curve, Point
 from fot.loading import Loading
 from fot.readers import table
-from fot.readers.reader import Reader
+from fot.readers.reader import Reader, of_config
 
 PLAIN_BLOCK = 1024  # queries per block of attention of a plain transformer: long contexts compile in few blocks
 
@@ -62,8 +62,7 @@ def evaluate(
     if not config.model.memory_layers:
         raise ConfigError("model.memory_layers is empty: name such a model with --plain, and one with memory otherwise")
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    settings = config.evaluate
-    readers = [Reader(name, settings.neighbours, settings.block, multi_doc=True) for name in settings.readers]
+    readers = [of_config(name, config.evaluate) for name in config.evaluate.readers]
     found = {}
     for place in dict.fromkeys(table.place(reader.name) for reader in readers):
         group = [reader for reader in readers if table.place(reader.name) == place]
@@ -83,7 +82,7 @@ def _measure(
     """Loads one memory, which all these readers can read, up to each length in turn, and asks."""
     settings, window = config.evaluate, asked.config.window
     rows = mesh.shape["data"] * mesh.shape["fsdp"]  # the first is the dictionary's; the others are there to be split
-    store = loading.store_of(readers[0].name, mesh)
+    store = loading.store_of(readers[0], mesh)
     dtype = config.model.compute_dtype if settings.memory_dtype == "compute" else settings.memory_dtype
     memory = store.empty(config.model, rows, lengths[-1], dtype)
     how = Loading(readers[0], settings.windows, "refuse")
@@ -94,7 +93,7 @@ def _measure(
             began = time.perf_counter()
             windows = _windows(asked, range(loaded, length // window), rows)
             with loading.progress(length // window - loaded) as show:
-                memory = loading.load(params, config.model, memory, windows, how, mesh, show)
+                memory = store.build(loading.load(params, config.model, memory, windows, how, mesh, show))
             loaded, seconds = length // window, seconds + time.perf_counter() - began
             for reader in readers:
                 ask = functools.partial(_ask(config.model, reader, mesh), params, memory)

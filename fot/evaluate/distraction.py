@@ -37,7 +37,7 @@ from fot.evaluate import trained as trained_model
 from fot.evaluate.distraction_report import Masses
 from fot.memory import Memory, Slots
 from fot.readers import table as readers
-from fot.readers.reader import Reader
+from fot.readers.reader import Reader, of_config
 
 
 class Pair(NamedTuple):
@@ -135,7 +135,7 @@ def evaluate(params: model.Params, config: ExperimentConfig, corpus: Corpus, mes
     pairs = choose(corpus, context, max(counts), config.evaluate.query_windows, config.data.seed)
     table_PC = others(pairs, max(counts))
     contexts = _read(params, config, corpus, pairs, mesh)
-    measure = _programs(config.model, config.evaluate.block, mesh).measure
+    measure = _programs(config.model, of_config("dense", config.evaluate), mesh).measure
     sums = {count: 0.0 for count in counts}
     for rows in _batches(pairs, config.evaluate.batch_size):
         batch = jax.device_put(_windows(corpus, pairs, rows, context, context), sharding.batch_sharding(mesh))
@@ -173,7 +173,7 @@ def _windows(corpus: Corpus, pairs: list[Pair], rows: np.ndarray, after: int, co
 
 def _read(params: model.Params, config: ExperimentConfig, corpus: Corpus, pairs: list[Pair], mesh: Mesh) -> Contexts:
     """Reads the previous context of every pair, each alone."""
-    read, place = _programs(config.model, config.evaluate.block, mesh).read, sharding.batch_sharding(mesh)
+    read, place = _programs(config.model, of_config("dense", config.evaluate), mesh).read, sharding.batch_sharding(mesh)
     parts = [
         read(params, jax.device_put(_windows(corpus, pairs, rows, 0, config.data.context), place))
         for rows in _batches(pairs, config.evaluate.batch_size)
@@ -195,14 +195,14 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)  # models of one shape compile once
-def _programs(config: ModelConfig, block: int, mesh: Mesh) -> _Programs:
+def _programs(config: ModelConfig, everything: Reader, mesh: Mesh) -> _Programs:
     window = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, sharding.MESH_AXES["kv_heads"], None))
 
     def read(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         output = model.apply(params, batch.tokens, Tokens(batch.documents, batch.positions), config)
         return output.keys, output.values
 
-    measure = functools.partial(_measure, config=config, block=block)
+    measure = functools.partial(_measure, config=config, everything=everything)
     return _Programs(
         read=jax.jit(read, out_shardings=(window, window)),
         measure=jax.jit(measure, out_shardings=sharding.replicated(mesh)),
@@ -217,12 +217,11 @@ def _measure(
     count: jax.Array,
     *,
     config: ModelConfig,
-    block: int,
+    everything: Reader,
 ) -> jax.Array:
     """Returns the sum over the batch's queries of r_d with d = `count` contexts in view, float32 [L, N]."""
     memory = _view(contexts, rows_BC, count)
     tokens = Tokens(batch.documents, batch.positions)
-    everything = Reader("dense", 1, block, multi_doc=True)
     output = model.apply(params, batch.tokens, tokens, config, memory=memory, reader=everything)
     size = batch.tokens.shape[1]
     sums = []

@@ -36,6 +36,7 @@ from fot.evaluate import trained as trained_model
 from fot.evaluate.perplexity_report import Bin, Column, Results
 from fot.memory import Memory
 from fot.metrics import Progress
+from fot.readers import reader as readers
 from fot.readers.reader import Reader
 
 SHOW_SECONDS = 1.0  # between two looks at the running sums: each waits for the devices
@@ -132,8 +133,7 @@ def _wanted(config: ExperimentConfig, corpus: Corpus) -> dict[tuple[str, str, in
         return wanted
     for mode in evaluate.modes:
         for name in evaluate.readers:
-            # What is visible needs no mask: a single_doc memory holds nothing but the row's own document.
-            reader = Reader(name, evaluate.neighbours, evaluate.block, multi_doc=True)
+            reader = readers.of_config(name, evaluate)
             for length in evaluate.memory:
                 if length > 0:
                     run = _Run(mode, reader, min(length, MODES[mode].fills(longest, row)))
@@ -186,7 +186,7 @@ def _pass(
 ) -> _Score:
     """Reads all documents once."""
     read = _program(config.model, config.evaluate.position_bins, run.reader, mesh)
-    store = None if run.reader is None else loading.store_of(run.reader.name, mesh)
+    store = None if run.reader is None else loading.store_of(run.reader, mesh)
     overflow = memories.OVERFLOWS[config.evaluate.overflow]
     forget = MODES[run.mode].forget
     documents = np.full(config.evaluate.batch_size, -1, np.int32)
@@ -211,6 +211,8 @@ def _pass(
     memory = None
     if store is not None:
         memory = store.empty(config.model, config.evaluate.batch_size, run.capacity, config.model.compute_dtype)
+        memory = store.refresh(store.build(memory))
+    every = max(1, config.evaluate.refresh // config.data.context)
     bins = len(config.evaluate.position_bins) + 1
     totals = jax.device_put(Totals(np.zeros(bins, np.float32), np.zeros(bins, np.int32)), sharding.replicated(mesh))
     # A window without tokens changes nothing, and compiles everything.
@@ -221,6 +223,10 @@ def _pass(
     for count, batch in enumerate(rows.evaluation_batches(corpus, config.data.context, config.evaluate), start=1):
         memory, totals = step(memory, totals, batch, forget(documents, batch.documents[:, 0]))
         documents = batch.documents[:, 0]
+        if store is not None and count % every == 0:
+            # Centroids anew at the first, second, fourth, ... time: as often as the memory has doubled.
+            times = count // every
+            memory = (store.build if times & (times - 1) == 0 else store.refresh)(memory)
         if time.perf_counter() - shown > SHOW_SECONDS:
             show(count, totals, time.perf_counter() - began)
             shown = time.perf_counter()
@@ -243,6 +249,10 @@ def _program(config: ModelConfig, ends: tuple[int, ...], reader: Reader | None, 
         out_shardings=(sharding.replicated(mesh), window, window),
         donate_argnums=3,
     )
+
+
+def _same(memory: Memory | None) -> Memory | None:
+    return memory
 
 
 def _read(

@@ -259,7 +259,7 @@ def _plot_memory(axes: Any, results: Mapping[str, Results]) -> None:
                 linestyle=_MODE_LINES[mode],
                 marker=_READER_MARKERS[reader],
                 markersize=5,
-                markerfacecolor="white" if reader == "knn" else color,
+                markerfacecolor=color if reader == "dense" else "white",
                 label=f"{label}, {mode}, {reader}",
             )
     # 0 has a place on the axis: linear up to the shortest memory, in powers of 2 from there.

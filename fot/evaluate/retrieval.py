@@ -39,7 +39,7 @@ from fot.evaluate.retrieval_report import Entry, Head, Query
 from fot.memory import Memory, Slots
 from fot.model import Reads
 from fot.readers import table as readers
-from fot.readers.reader import Reader
+from fot.readers.reader import Reader, of_config
 
 
 class Losses(NamedTuple):
@@ -159,7 +159,7 @@ def _query(position: int, losses: Losses, found: _Found, written: int, capacity:
 
 
 def _reader(config: ExperimentConfig) -> Reader:
-    return Reader(config.evaluate.readers[0], config.evaluate.neighbours, config.evaluate.block, multi_doc=True)
+    return of_config(config.evaluate.readers[0], config.evaluate)
 
 
 def _windows(

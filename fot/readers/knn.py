@@ -40,11 +40,11 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     count = min(reader.neighbours, M)
     if count == 0:
         shape = (*q.shape[:-1], 0)
-        return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+        return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     grid = _grid(M, count, reader.block)
     best = _groups(q, documents_BT, slots, reader, grid, count)
     if grid.group == 1:
-        return Chosen(grid.start(best.group), best.maximum > -jnp.inf)
+        return Chosen(grid.start(best.group), best.maximum)
     return _refine(q, documents_BT, slots, reader, grid, best.group)
 
 
@@ -90,21 +90,14 @@ def _groups(q, documents_BT, slots: Slots, reader: Reader, grid: _Grid, count: i
     size, in_block = grid.size, grid.size // grid.group
     nothing = jnp.full((B, G, in_block, R, T), -jnp.inf)
 
-    def maxima(block):
-        first = block * size
-        start = jnp.minimum(first, grid.slots - size)
-        documents_BS = jax.lax.dynamic_slice_in_dim(slots.documents, start, size, 1)
-        documents_BS = jnp.where(start + jnp.arange(size) >= first, documents_BS, -1)
+    def maxima(number):
+        block = chosen.cut(slots, number * size, size)
 
         def score():
-            # Queries come last: so a group's maximum is one of whole vectors.
-            keys = jax.lax.dynamic_slice_in_dim(slots.keys, start, size, 2)
-            s = jnp.einsum("bgsh,bgrth->bgsrt", keys, q, preferred_element_type=jnp.float32)
-            seen = chosen.query_visible(documents_BS[:, :, None], documents_BT[:, None], reader.multi_doc)
-            s = jnp.where(seen[:, None, :, None], s, -jnp.inf)
+            s = chosen.scores(q, documents_BT, slots, block, reader.multi_doc)
             return s.reshape(B, G, in_block, grid.group, R, T).max(3)
 
-        return jax.lax.cond((documents_BS >= 0).any(), score, lambda: nothing)
+        return jax.lax.cond((block.documents >= 0).any(), score, lambda: nothing)
 
     chunk = max(1, min(grid.blocks, _MAXIMA // (q.size // q.shape[-1] * in_block)))
 
@@ -136,8 +129,7 @@ def _refine(q, documents_BT, slots: Slots, reader: Reader, grid: _Grid, groups_B
         documents = jax.vmap(lambda d, s: d[s])(slots.documents, slot_BGRC)
         seen = chosen.query_visible(documents, documents_B[:, None, None, None], reader.multi_doc)
         seen &= grid.counts(jnp.repeat(groups_BGRK, grid.group, -1), slot_BGRC)
-        top, choice = jax.lax.top_k(jnp.where(seen, s, -jnp.inf), count)
-        return Chosen(jnp.take_along_axis(slot_BGRC, choice, -1), top > -jnp.inf)
+        return chosen.best(Chosen(slot_BGRC, jnp.where(seen, s, -jnp.inf)), count)
 
     each = jnp.moveaxis(q, 3, 0), documents_BT.T, jnp.moveaxis(groups_BGRTK, 3, 0)
     at_once = max(1, min(T, _CANDIDATES // (B * G * R * count * grid.group * H)))

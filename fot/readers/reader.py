@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fot import attention
 from fot.attention import Tokens
+from fot.config import EvaluateConfig
 from fot.memory import Slots
 
 
@@ -19,12 +20,34 @@ class Reader(NamedTuple):
       neighbours: entries retrieved per query and head, k; for top-k readers.
       block: slots scored at once; bounds memory, changes no result.
       multi_doc: whether a query sees entries of other documents than its own.
+      recall_target: share of the k nearest that "approximate" finds, expected.
+      list_size: slots of the lists of "clustered" at the most.
+      probes: lists that "clustered" reads per query and head.
     """
 
     name: str
     neighbours: int
     block: int
     multi_doc: bool
+    recall_target: float
+    list_size: int
+    probes: int
+
+
+def of_config(name: str, config: EvaluateConfig) -> Reader:
+    """Returns the reader of that name as an evaluation wants it: it sees all that its memory holds.
+
+    A memory of one document holds nothing else, so what is visible needs no mask.
+    """
+    return Reader(
+        name=name,
+        neighbours=config.neighbours,
+        block=config.block,
+        multi_doc=True,
+        recall_target=config.recall_target,
+        list_size=config.list_size,
+        probes=config.probes,
+    )
 
 
 class Block(NamedTuple):

@@ -15,7 +15,6 @@ from fot import attention
 from fot.attention import Partial
 from fot.memory import Slots
 from fot.readers import chosen, knn
-from fot.readers.chosen import Chosen
 from fot.readers.dense import dense
 from fot.readers.reader import Reader
 from fot.sharding import SLOTS
@@ -40,13 +39,12 @@ def _knn(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reade
     count = own.index.shape[-1]
     if count == 0:
         return chosen.attend(q, slots, own)
-    s = jax.lax.stop_gradient(chosen.logits(q, slots, own))
-    all_s = jax.lax.all_gather(s, SLOTS, axis=s.ndim - 1, tiled=True)
+    all_s = jax.lax.all_gather(own.score, SLOTS, axis=own.score.ndim - 1, tiled=True)
     # Devices in the order of their slots: of equal logits the lower slot wins.
     _, choice = jax.lax.top_k(all_s, min(reader.neighbours, all_s.shape[-1]))
     place = jax.lax.axis_index(SLOTS) * count + jnp.arange(count)
     among = (choice[..., None, :] == place[:, None]).any(-1)
-    return chosen.attend(q, slots, Chosen(own.index, own.real & among))
+    return chosen.attend(q, slots, own._replace(score=jnp.where(among, own.score, -jnp.inf)))
 
 
 def _spread(read: Read, q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:

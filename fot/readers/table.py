@@ -6,6 +6,8 @@ import jax
 
 from fot.attention import Partial
 from fot.memory import Slots
+from fot.readers.approximate import approximate
+from fot.readers.clustered import clustered
 from fot.readers.dense import dense
 from fot.readers.host import host
 from fot.readers.knn import knn
@@ -15,13 +17,15 @@ from fot.readers.sharded import sharded_dense, sharded_knn
 READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {
     "dense": dense,
     "knn": knn,
+    "approximate": approximate,
+    "clustered": clustered,
     "host": host,
     "sharded_dense": sharded_dense,
     "sharded_knn": sharded_knn,
 }
 
 # Where the entries lie that a reader reads, an entry of `fot.loading.STORES`; "device" if it isn't named here.
-PLACES = {"host": "host", "sharded_dense": "sharded", "sharded_knn": "sharded"}
+PLACES = {"clustered": "lists", "host": "host", "sharded_dense": "sharded", "sharded_knn": "sharded"}
 
 
 def place(name: str) -> str:

@@ -1,0 +1,103 @@
+"""Attention to the nearest slots of the lists whose centroids are nearest (an inverted file, `fot.readers.index`).
+
+Queries are taken to the lists, not lists to the queries: (query, list) pairs are sorted by list, so that the keys of a
+list are read once for many queries and meet them in a matrix product.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fot import attention
+from fot.attention import Partial
+from fot.memory import Lists, Slots
+from fot.readers import chosen, knn
+from fot.readers.chosen import Chosen
+from fot.readers.reader import Reader
+
+_TILE = 16  # queries that meet a list at once
+
+
+def clustered(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
+    """Attention to the k visible slots of largest inner product among those that were looked at.
+
+    These are the slots of the `reader.probes` lists whose centroids have the largest inner product with the query, and
+    all slots whose entries are in no list: without an index that is the whole memory, read exactly.
+    """
+    q = attention.split_heads(q_BTNH, slots.keys.shape[1])
+    return chosen.attend(q, slots, nearest(q, documents_BT, slots, reader))
+
+
+def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Chosen:
+    """Returns the k visible slots of largest inner product that were looked at; without gradient."""
+    if slots.lists is None or slots.documents.shape[1] == 0:
+        return knn.nearest(q_BGRTH, documents_BT, slots, reader)
+    q, slots = jax.lax.stop_gradient((q_BGRTH, slots))
+    B, G, R, T, H = q.shape
+    count = min(reader.neighbours, slots.documents.shape[1])
+    listed_BM = jnp.where(slots.listed, slots.documents, -1)
+    query_documents = jnp.broadcast_to(documents_BT[:, None], (B, R, T)).reshape(B, R * T)
+
+    def search(*head):
+        return _search(*head, count, reader)
+
+    search = jax.vmap(jax.vmap(search, (0, None, None, 0)))
+    found = search(q.reshape(B, G, R * T, H), query_documents, listed_BM, slots.lists)
+    found = jax.tree.map(lambda x: x.reshape(B, G, R, T, -1), found)
+    unlisted = slots._replace(documents=jnp.where(slots.listed, -1, slots.documents))
+
+    def join(found):
+        rest = knn.nearest(q, documents_BT, unlisted, reader)
+        return chosen.best(jax.tree.map(lambda *x: jnp.concatenate(x, -1), found, rest), count)
+
+    return jax.lax.cond((unlisted.documents >= 0).any(), join, lambda found: found, found)
+
+
+def _search(q_QH, query_documents_Q, documents_M, lists: Lists, count: int, reader: Reader) -> Chosen:
+    """Searches the lists of one head."""
+    Q, C, M, count_I = len(q_QH), len(lists.centroids), len(lists.keys), len(lists.owner)
+    probes, size = min(reader.probes, count_I), min(reader.list_size, M)
+    s_QC = jnp.einsum("qh,ch->qc", q_QH, lists.centroids, preferred_element_type=jnp.float32)
+    s_QI = jnp.where(lists.owner < C, s_QC[:, jnp.minimum(lists.owner, C - 1)], -jnp.inf)
+    list_QP = jax.lax.top_k(s_QI, probes)[1]
+    list_X, order_X = jax.lax.sort_key_val(list_QP.reshape(-1), jnp.arange(Q * probes))  # X pairs of query and list
+    # Where each list's pairs begin, and its tiles of them end.
+    begin_I = jnp.searchsorted(list_X, jnp.arange(count_I + 1)).astype(jnp.int32)
+    tile = min(_TILE, Q)
+    end_I = jnp.cumsum(-(-jnp.diff(begin_I) // tile))
+    query_X = jnp.pad(order_X, (0, tile)) // probes
+    start_I = jnp.minimum(lists.begin, M - size)
+
+    def visit(number, scores_XS):
+        which = jnp.searchsorted(end_I, number, side="right")
+        first = begin_I[which] + (number - jnp.where(which > 0, end_I[which - 1], 0)) * tile
+        query = jax.lax.dynamic_slice_in_dim(query_X, first, tile)
+        keys_SH = jax.lax.dynamic_slice_in_dim(lists.keys, start_I[which], size)
+        s = jnp.einsum("qh,sh->qs", q_QH[query], keys_SH, preferred_element_type=jnp.float32)
+        place_S = start_I[which] - lists.begin[which] + jnp.arange(size)
+        documents_S = documents_M[jax.lax.dynamic_slice_in_dim(lists.order, start_I[which], size)]
+        documents_S = jnp.where((place_S >= 0) & (place_S < lists.length[which]), documents_S, -1)
+        seen = chosen.query_visible(documents_S, query_documents_Q[query][:, None], reader.multi_doc)
+        # A tile's rows past its list's pairs are overwritten by the tiles that follow.
+        return jax.lax.dynamic_update_slice_in_dim(scores_XS, jnp.where(seen, s, -jnp.inf), first, 0)
+
+    scores_XS = jax.lax.fori_loop(0, end_I[-1], visit, jnp.full((Q * probes + tile, size), -jnp.inf))
+    place_QP = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(Q * probes)).reshape(Q, probes)
+    found = min(count, probes * size)
+    score, choice = _top(scores_XS, place_QP, found)
+    index = lists.order[start_I[jnp.take_along_axis(list_QP, choice // size, 1)] + choice % size]
+    rest = ((0, 0), (0, count - found))
+    return Chosen(jnp.pad(index, rest), jnp.pad(score, rest, constant_values=-jnp.inf))
+
+
+def _top(scores_XS: jax.Array, place_QP: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest scores of each query's rows and where they are among P·S; by way of groups, as in `knn`."""
+    (Q, P), S = place_QP.shape, scores_XS.shape[1]
+    group = math.gcd(S, 2 ** int(math.log2(math.sqrt(P * S / count))))
+    parts_XG = scores_XS.reshape(-1, S // group, group)
+    best_QK = jax.lax.top_k(parts_XG.max(-1)[place_QP].reshape(Q, -1), count)[1]
+    pair_QK, part_QK = best_QK // (S // group), best_QK % (S // group)
+    near = parts_XG[jnp.take_along_axis(place_QP, pair_QK, 1), part_QK].reshape(Q, -1)
+    score, choice = jax.lax.top_k(near, count)
+    return score, jnp.take_along_axis(best_QK, choice // group, 1) * group + choice % group

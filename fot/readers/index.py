@@ -1,0 +1,120 @@
+"""An inverted file over the keys of a memory: spherical k-means, and lists of slots by their nearest centroid.
+
+`build` finds centroids and lists all entries; `refresh` lists the entries that came since under the centroids there
+are. What an index doesn't know yet, and what was overwritten since, "clustered" reads exactly (see `Slots.listed`),
+so no entry is ever lost. A cluster that outgrows a list goes on in another one; lists suffice for any clusters.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fot.memory import Index, Lists, Memory
+
+_ROUNDS = 6  # of k-means
+_SAMPLES = 64  # keys per centroid that k-means sees
+_SCORES = 2**24  # scores of keys by centroids that exist at once, 64 MiB
+
+
+def build(memory: Memory, list_size: int) -> Memory:
+    """Finds centroids, about one for `list_size` slots, and lists all entries.
+
+    Cost: `_ROUNDS` · `_SAMPLES` · C² · H multiplications a layer, row and head for the centroids, M · C · H for the
+    lists. Call it again when the memory has grown by much: the centroids are those of what it held.
+    """
+    M = memory.capacity
+    C = max(1, -(-M // list_size))
+    count = min(M, C * _SAMPLES)
+    # Steps of the golden ratio: evenly over the filled slots, and at no one place of windows or lines.
+    share_S = (jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) / 2.0**32
+    place_BS = jnp.minimum((share_S * memory.length[:, None]).astype(jnp.int32), M - 1)
+    sample = jnp.take_along_axis(memory.keys, place_BS[None, :, None, :, None], 3).astype(jnp.float32)
+    centroids = _unit(sample[:, :, :, :C])
+
+    def improve(_, centroids):
+        sums = _per_head(_sums)(sample, _nearest(sample, centroids), centroids)
+        # A centroid that lost all keys stays.
+        return jnp.where((sums != 0).any(-1, keepdims=True), _unit(sums), centroids)
+
+    centroids = jax.lax.fori_loop(0, _ROUNDS, improve, centroids).astype(memory.keys.dtype)
+    cluster = _nearest(memory.keys, centroids)
+    return memory._replace(index=_index(memory, centroids, cluster, list_size))
+
+
+def refresh(memory: Memory, list_size: int) -> Memory:
+    """Lists the entries that were written since, under the centroids there are.
+
+    `list_size` is that of `build`.
+    """
+    lists, M = memory.index.lists, memory.capacity
+    old_BM = memory.entries < memory.index.covered[:, None]
+    size = min(_block(lists.centroids), M)
+
+    def visit(cluster, first):
+        start = jnp.minimum(first, M - size)
+
+        def assign(cluster):
+            new = _nearest(jax.lax.dynamic_slice_in_dim(memory.keys, start, size, 3), lists.centroids)
+            return jax.lax.dynamic_update_slice_in_dim(cluster, new, start, 3)
+
+        new = ~jax.lax.dynamic_slice_in_dim(old_BM, start, size, 1)
+        return jax.lax.cond(new.any(), assign, lambda cluster: cluster, cluster), None
+
+    cluster = jax.lax.scan(visit, lists.cluster, jnp.arange(0, M, size))[0]
+    return memory._replace(index=_index(memory, lists.centroids, cluster, list_size))
+
+
+def _index(memory: Memory, centroids: jax.Array, cluster: jax.Array, list_size: int) -> Index:
+    C = centroids.shape[3]
+    cluster = jnp.where((memory.entries >= 0)[None, :, None], cluster, C)
+    lists = _per_head(lambda *head: _lists(*head, list_size))(centroids, cluster, memory.keys)
+    return Index(lists, memory.written)
+
+
+def _lists(centroids_CH: jax.Array, cluster_M: jax.Array, keys_MH: jax.Array, list_size: int) -> Lists:
+    """Returns the lists of one head."""
+    C, M = len(centroids_CH), len(cluster_M)
+    order_M = jnp.argsort(cluster_M)
+    count_C = jnp.bincount(cluster_M, length=C)
+    end_C = jnp.cumsum(-(-count_C // list_size))
+    # A cluster has at the most one list that isn't full.
+    list_I = jnp.arange(C + M // list_size)
+    owner_I = jnp.searchsorted(end_C, list_I, side="right")
+    known_I = jnp.minimum(owner_I, C - 1)
+    past_I = (list_I - end_C[known_I]) * list_size + -(-count_C // list_size)[known_I] * list_size
+    begin_I = (jnp.cumsum(count_C) - count_C)[known_I] + past_I
+    length_I = jnp.where(owner_I < C, jnp.minimum(count_C[known_I] - past_I, list_size), 0)
+    indices = (order_M, owner_I, begin_I, length_I)
+    order_M, owner_I, begin_I, length_I = (x.astype(jnp.int32) for x in indices)
+    return Lists(centroids_CH, cluster_M, order_M, keys_MH[order_M], owner_I, begin_I, length_I)
+
+
+def _per_head(function):
+    """Maps a function of one head over layers, rows and heads."""
+    return jax.vmap(jax.vmap(jax.vmap(function)))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
+
+
+def _block(centroids: jax.Array) -> int:
+    """How many keys of each head are scored at once."""
+    return max(1, _SCORES // (centroids.size // centroids.shape[-1]))
+
+
+def _sums(keys_SH: jax.Array, cluster_S: jax.Array, centroids_CH: jax.Array) -> jax.Array:
+    return jnp.zeros_like(centroids_CH).at[cluster_S].add(keys_SH)
+
+
+def _nearest(keys: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Returns the centroid [L, B, G, S] of largest inner product of each key [L, B, G, S, H]."""
+    S = keys.shape[3]
+    size = min(_block(centroids), S)
+
+    def visit(nearest, first):
+        start = jnp.minimum(first, S - size)
+        block = jax.lax.dynamic_slice_in_dim(keys, start, size, 3)
+        s = jnp.einsum("lbgch,lbgsh->lbgcs", centroids, block, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(nearest, s.argmax(3).astype(jnp.int32), start, 3), None
+
+    return jax.lax.scan(visit, jnp.zeros(keys.shape[:-1], jnp.int32), jnp.arange(0, S, size))[0]
