@@ -280,7 +280,7 @@ def made_up(scale: float, readers=("dense", "knn")) -> report.Results:
 
 
 def test_tables():
-    lines = report.table(made_up(2.0)).splitlines()
+    lines = report.table(made_up(2.0, READERS)).splitlines()
     assert len(lines) == 2 + len(perplexity.MODES) * len(READERS)
     assert lines[1].split() == ["mode", "reader", "0", "256", "16,384"]
     assert lines[2].split() == ["single_doc", "dense", "7.389", "6.990", "(-5.4%)", "6.706", "(-9.2%)"]

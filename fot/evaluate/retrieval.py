@@ -36,7 +36,7 @@ from fot.errors import ConfigError, DataError, UserError
 from fot.evaluate import retrieval_report as report
 from fot.evaluate import trained as trained_model
 from fot.evaluate.retrieval_report import Entry, Head, Query
-from fot.memory import Memory, Slots
+from fot.memory import Memory
 from fot.model import Reads
 from fot.readers import table as readers
 from fot.readers.reader import Reader, of_config
@@ -220,7 +220,7 @@ def _find(reads: tuple[Reads, ...], memory: Memory, place: jax.Array, count: int
     found = []
     for index, each in enumerate(reads):
         q_BTNH, share_BTN = (jax.lax.dynamic_slice_in_dim(x[:1], place, 1, axis=1) for x in each)
-        slots = Slots(*(x[:1] for x in memory.slots(index)))
+        slots = jax.tree.map(lambda x: x[:1], memory.slots(index))
         q_BGRTH = attention.split_heads(q_BTNH, slots.keys.shape[1])
         s_BGRTM = attention.logits(q_BGRTH, slots.keys, (slots.documents >= 0)[:, None])
         scores_NK, slots_NK = jax.lax.top_k(s_BGRTM.reshape(q_BTNH.shape[2], -1), count)
