@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import gc
 import os
 import pathlib
 import shutil
@@ -21,6 +22,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 from fot import config as config_lib  # noqa: E402
 from fot import model  # noqa: E402
 from fot.checkpoint import Checkpointer  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """Drops the programs of each file: each maps memory, and a process may have so many maps, then XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
