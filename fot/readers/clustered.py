@@ -17,6 +17,7 @@ from fot.readers.chosen import Chosen
 from fot.readers.reader import Reader
 
 _TILE = 16  # queries that meet a list at once
+_ROWS, _HEADS = "rows", "heads"  # axes that heads are searched over side by side
 
 
 def clustered(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
@@ -42,7 +43,7 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     def search(*head):
         return _search(*head, count, reader)
 
-    search = jax.vmap(jax.vmap(search, (0, None, None, 0)))
+    search = jax.vmap(jax.vmap(search, (0, None, None, 0), axis_name=_HEADS), axis_name=_ROWS)
     found = search(q.reshape(B, G, R * T, H), query_documents, listed_BM, slots.lists)
     found = jax.tree.map(lambda x: x.reshape(B, G, R, T, -1), found)
     unlisted = slots._replace(documents=jnp.where(slots.listed, -1, slots.documents))
@@ -82,7 +83,10 @@ def _search(q_QH, query_documents_Q, documents_M, lists: Lists, count: int, read
         # A tile's rows past its list's pairs are overwritten by the tiles that follow.
         return jax.lax.dynamic_update_slice_in_dim(scores_XS, jnp.where(seen, s, -jnp.inf), first, 0)
 
-    scores_XS = jax.lax.fori_loop(0, end_I[-1], visit, jnp.full((Q * probes + tile, size), -jnp.inf))
+    # As many steps for all heads, or else each step would copy the scores of all; a head that is done writes to the
+    # rows past its pairs.
+    steps = jax.lax.pmax(end_I[-1], (_ROWS, _HEADS))
+    scores_XS = jax.lax.fori_loop(0, steps, visit, jnp.full((Q * probes + tile, size), -jnp.inf))
     place_QP = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(Q * probes)).reshape(Q, probes)
     found = min(count, probes * size)
     score, choice = _top(scores_XS, place_QP, found)
