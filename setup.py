@@ -25,11 +25,13 @@ setup(
         "zstandard>=0.25",
     ],
     extras_require={
+        "convert": ["gguf>=0.19", "safetensors>=0.8"],
         "faiss": ["faiss-cpu>=1.8"],
         "huggingface": ["tokenizers>=0.23.3"],
         "seqio": ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10"],
         "test": [
             "faiss-cpu>=1.8",
+            "gguf>=0.19",
             "hypothesis>=6.170",
             "ipykernel>=7.4",
             "nbclient>=0.11",
@@ -37,8 +39,12 @@ setup(
             "psutil>=7.2",
             "pytest>=9.2",
             "ruff>=0.17.6",
+            "safetensors>=0.8",
             "tokenizers>=0.23.3",
+            "torch>=2.13",
+            "transformers>=5.23",
         ],
+        "torch": ["safetensors>=0.8", "torch>=2.13", "transformers>=5.23"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },
 )
