@@ -541,7 +541,7 @@ class EvaluateConfig:
     windows: int = 4
     recall_target: float = 0.95
     list_size: int = 512
-    probes: int = 72
+    probes: int = 48
     refresh: int = 4096
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8

@@ -4,10 +4,14 @@ Queries are taken to the lists, not lists to the queries: (query, list) pairs ar
 list are read once for many queries and meet them in a matrix product.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fot import attention
 from fot.attention import Partial
@@ -15,9 +19,9 @@ from fot.memory import Lists, Slots
 from fot.readers import chosen, knn
 from fot.readers.chosen import Chosen
 from fot.readers.reader import Reader
+from fot.sharding import MESH_AXES, ROWS
 
 _TILE = 16  # queries that meet a list at once
-_ROWS, _HEADS = "rows", "heads"  # axes that heads are searched over side by side
 
 
 def clustered(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
@@ -40,10 +44,7 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     listed_BM = jnp.where(slots.listed, slots.documents, -1)
     query_documents = jnp.broadcast_to(documents_BT[:, None], (B, R, T)).reshape(B, R * T)
 
-    def search(*head):
-        return _search(*head, count, reader)
-
-    search = jax.vmap(jax.vmap(search, (0, None, None, 0), axis_name=_HEADS), axis_name=_ROWS)
+    search = _over_devices(functools.partial(_search_heads, count=count, reader=reader))
     found = search(q.reshape(B, G, R * T, H), query_documents, listed_BM, slots.lists)
     found = jax.tree.map(lambda x: x.reshape(B, G, R, T, -1), found)
     unlisted = slots._replace(documents=jnp.where(slots.listed, -1, slots.documents))
@@ -55,44 +56,79 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     return jax.lax.cond((unlisted.documents >= 0).any(), join, lambda found: found, found)
 
 
-def _search(q_QH, query_documents_Q, documents_M, lists: Lists, count: int, reader: Reader) -> Chosen:
+def _over_devices(search: Callable[..., Chosen]) -> Callable[..., Chosen]:
+    """Lets each device of `jax.set_mesh` search the rows and heads that it has; without a mesh there is one device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return search
+    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, MESH_AXES["kv_heads"])
+    specs = (heads, rows, rows, heads)
+    axes = {*ROWS, MESH_AXES["kv_heads"]}
+    # Loops start from constants, which the check of what varies over devices does not allow.
+    return jax.shard_map(search, in_specs=specs, out_specs=heads, axis_names=axes, check_vma=False)
+
+
+def _search_heads(q_BGQH, query_documents_BQ, documents_BM, lists: Lists, *, count: int, reader: Reader) -> Chosen:
+    """Searches the lists of head after head: side by side, a head's slices of memory would become gathers."""
+
+    def row(each):
+        q_GQH, query_documents_Q, documents_M, lists = each
+        one = functools.partial(_search, query_documents_Q, documents_M, count=count, reader=reader)
+        return jax.lax.map(lambda head: one(*head), (q_GQH, lists))
+
+    return jax.lax.map(row, (q_BGQH, query_documents_BQ, documents_BM, lists))
+
+
+def _search(query_documents_Q, documents_M, q_QH, lists: Lists, *, count: int, reader: Reader) -> Chosen:
     """Searches the lists of one head."""
     Q, C, M, count_I = len(q_QH), len(lists.centroids), len(lists.keys), len(lists.owner)
     probes, size = min(reader.probes, count_I), min(reader.list_size, M)
-    s_QC = jnp.einsum("qh,ch->qc", q_QH, lists.centroids, preferred_element_type=jnp.float32)
-    s_QI = jnp.where(lists.owner < C, s_QC[:, jnp.minimum(lists.owner, C - 1)], -jnp.inf)
-    list_QP = jax.lax.top_k(s_QI, probes)[1]
+    centroids_IH = lists.centroids[jnp.minimum(lists.owner, C - 1)]
+    s_QI = jnp.einsum("qh,ih->qi", q_QH, centroids_IH, preferred_element_type=jnp.float32)
+    list_QP = jax.lax.top_k(jnp.where(lists.owner < C, s_QI, -jnp.inf), probes)[1]
     list_X, order_X = jax.lax.sort_key_val(list_QP.reshape(-1), jnp.arange(Q * probes))  # X pairs of query and list
-    # Where each list's pairs begin, and its tiles of them end.
-    begin_I = jnp.searchsorted(list_X, jnp.arange(count_I + 1)).astype(jnp.int32)
     tile = min(_TILE, Q)
-    end_I = jnp.cumsum(-(-jnp.diff(begin_I) // tile))
+    tiles = _tiles(list_X, count_I, tile)
     query_X = jnp.pad(order_X, (0, tile)) // probes
+    q_XH, query_documents_X, documents_L = q_QH[query_X], query_documents_Q[query_X], documents_M[lists.order]
     start_I = jnp.minimum(lists.begin, M - size)
+    cut = jax.lax.dynamic_slice_in_dim
 
     def visit(number, scores_XS):
-        which = jnp.searchsorted(end_I, number, side="right")
-        first = begin_I[which] + (number - jnp.where(which > 0, end_I[which - 1], 0)) * tile
-        query = jax.lax.dynamic_slice_in_dim(query_X, first, tile)
-        keys_SH = jax.lax.dynamic_slice_in_dim(lists.keys, start_I[which], size)
-        s = jnp.einsum("qh,sh->qs", q_QH[query], keys_SH, preferred_element_type=jnp.float32)
-        place_S = start_I[which] - lists.begin[which] + jnp.arange(size)
-        documents_S = documents_M[jax.lax.dynamic_slice_in_dim(lists.order, start_I[which], size)]
-        documents_S = jnp.where((place_S >= 0) & (place_S < lists.length[which]), documents_S, -1)
-        seen = chosen.query_visible(documents_S, query_documents_Q[query][:, None], reader.multi_doc)
+        which, first = tiles.list[number], tiles.first[number]
+        start = start_I[which]
+        keys_SH = cut(lists.keys, start, size)
+        s = jnp.einsum("qh,sh->qs", cut(q_XH, first, tile), keys_SH, preferred_element_type=jnp.float32)
+        place_S = start - lists.begin[which] + jnp.arange(size)
+        documents_S = jnp.where((place_S >= 0) & (place_S < lists.length[which]), cut(documents_L, start, size), -1)
+        seen = chosen.query_visible(documents_S, cut(query_documents_X, first, tile)[:, None], reader.multi_doc)
         # A tile's rows past its list's pairs are overwritten by the tiles that follow.
         return jax.lax.dynamic_update_slice_in_dim(scores_XS, jnp.where(seen, s, -jnp.inf), first, 0)
 
-    # As many steps for all heads, or else each step would copy the scores of all; a head that is done writes to the
-    # rows past its pairs.
-    steps = jax.lax.pmax(end_I[-1], (_ROWS, _HEADS))
-    scores_XS = jax.lax.fori_loop(0, steps, visit, jnp.full((Q * probes + tile, size), -jnp.inf))
+    scores_XS = jax.lax.fori_loop(0, tiles.count, visit, jnp.full((Q * probes + tile, size), -jnp.inf))
     place_QP = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(Q * probes)).reshape(Q, probes)
     found = min(count, probes * size)
     score, choice = _top(scores_XS, place_QP, found)
     index = lists.order[start_I[jnp.take_along_axis(list_QP, choice // size, 1)] + choice % size]
     rest = ((0, 0), (0, count - found))
     return Chosen(jnp.pad(index, rest), jnp.pad(score, rest, constant_values=-jnp.inf))
+
+
+class _Tiles(NamedTuple):
+    """Runs of pairs of one list: its number [Y], the first pair [Y], and how many tiles there are (a scalar)."""
+
+    list: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+
+def _tiles(list_X: jax.Array, lists: int, tile: int) -> _Tiles:
+    """Cuts pairs, sorted by list, into tiles of at most `tile` pairs of one list."""
+    begin_I = jnp.searchsorted(list_X, jnp.arange(lists + 1)).astype(jnp.int32)
+    end_I = jnp.cumsum(-(-jnp.diff(begin_I) // tile))  # where a list's tiles end
+    number_Y = jnp.arange(lists + len(list_X) // tile)
+    list_Y = jnp.minimum(jnp.searchsorted(end_I, number_Y, side="right"), lists - 1)
+    before_Y = jnp.where(list_Y > 0, end_I[list_Y - 1], 0)
+    return _Tiles(list_Y, begin_I[list_Y] + (number_Y - before_Y) * tile, end_I[-1])
 
 
 def _top(scores_XS: jax.Array, place_QP: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
