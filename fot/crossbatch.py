@@ -149,22 +149,42 @@ def attend_contexts(
     Returns:
       Partial attention over all columns.
     """
-    active_A = np.flatnonzero((table.contexts_BC >= 0).any(1)).astype(np.int32)
-    q = attention.split_heads(q_ATNH[active_A], k_BTGH.shape[2])
+    seen = [
+        (rows_A, _attend_alike(q_ATNH[rows_A], k_BTGH, v_BTGH, queries, tokens, table, rows_A, block))
+        for rows_A in _alike(table)
+    ]
+    if len(seen) == 1 and len(seen[0][0]) == len(q_ATNH):
+        return seen[0][1]
+    out, lse = jnp.zeros(q_ATNH.shape, jnp.float32), jnp.full(q_ATNH.shape[:3], -jnp.inf)
+    for rows_A, part in seen:
+        out = out.at[rows_A].set(part.out, unique_indices=True)
+        lse = lse.at[rows_A].set(part.lse, unique_indices=True)
+    return Partial(out, lse)
+
+
+def _alike(table: Table) -> list[np.ndarray]:
+    """Groups the rows that see anything by how many contexts they see, in quarters of the most, so that few see none.
+
+    In packs the first rows see few contexts and the last ones many: all at once, half of the work would be for nothing.
+    """
+    count_B = (table.contexts_BC >= 0).sum(1)
+    quarter_B = -(-4 * count_B // max(count_B.max(initial=0), 1))
+    return [np.flatnonzero(quarter_B == quarter).astype(np.int32) for quarter in range(1, 5) if quarter in quarter_B]
+
+
+def _attend_alike(q_ATNH, k_BTGH, v_BTGH, queries: Tokens, tokens: Tokens, table: Table, rows_A, block: int) -> Partial:
+    """`attend_contexts` of the queries of these rows alone, in as many columns as one of them needs."""
+    contexts_AC, negative_AC = table.contexts_BC[rows_A], table.negative_BC[rows_A]
+    filled_AC = np.argsort(contexts_AC < 0, axis=1, kind="stable")[:, : (contexts_AC >= 0).sum(1).max()]
+    q = attention.split_heads(q_ATNH, k_BTGH.shape[2])
     columns = _Columns(
-        keys_CA=jnp.asarray(table.contexts_BC[active_A].T),
-        others_CA=jnp.asarray(table.negative_BC[active_A].T),
-        queries=Tokens(queries.documents[active_A], queries.positions[active_A]),
+        keys_CA=jnp.asarray(np.take_along_axis(contexts_AC, filled_AC, 1).T),
+        others_CA=jnp.asarray(np.take_along_axis(negative_AC, filled_AC, 1).T),
+        queries=Tokens(queries.documents[rows_A], queries.positions[rows_A]),
         tokens=tokens,
     )
     out, lse = _attend(q, k_BTGH.swapaxes(1, 2), v_BTGH.swapaxes(1, 2), columns, block)
-    seen = Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
-    if len(active_A) == len(q_ATNH):
-        return seen
-    return Partial(
-        jnp.zeros(q_ATNH.shape, out.dtype).at[active_A].set(seen.out, unique_indices=True),
-        jnp.full(q_ATNH.shape[:3], -jnp.inf).at[active_A].set(seen.lse, unique_indices=True),
-    )
+    return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
 
 
 class _Columns(NamedTuple):
