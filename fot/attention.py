@@ -10,11 +10,14 @@ crossbatch contexts and memories all return a `Partial`, so none of them knows o
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from fot.config import RopeScalingConfig
 
 OUTPUT = "attention"  # for remat policies: what attention gave; with it and q, k, v kept, nothing of it runs again
 
@@ -59,10 +62,30 @@ def visible(queries: Tokens, keys: Tokens, others_B: jax.Array) -> jax.Array:
     return jnp.where(same_BTS, earlier_BTS, others_B[:, None, None]) & (keys.documents >= 0)[:, None, :]
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (h, h + H/2) of each head by position · theta^(-2h/H) (the layout of Hugging Face LLaMA)."""
+UNSCALED = RopeScalingConfig()
+
+
+def _stretch_llama3(frequencies_H: jax.Array, scaling: RopeScalingConfig) -> jax.Array:
+    turns_H = scaling.original_context * frequencies_H / (2 * jnp.pi)
+    kept_H = (turns_H - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)
+    kept_H = jnp.clip(kept_H, 0.0, 1.0)
+    return frequencies_H * (kept_H + (1 - kept_H) / scaling.factor)
+
+
+_STRETCHES: dict[str, Callable[[jax.Array, RopeScalingConfig], jax.Array]] = {
+    "none": lambda frequencies_H, scaling: frequencies_H,
+    "linear": lambda frequencies_H, scaling: frequencies_H / scaling.factor,
+    "llama3": _stretch_llama3,
+}
+
+
+def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, scaling: RopeScalingConfig = UNSCALED) -> jax.Array:
+    """Rotates pairs (h, h + H/2) of each head by position · theta^(-2h/H), stretched as `scaling` says.
+
+    The layout, and what a scaling means, are those of Hugging Face LLaMA.
+    """
     half = x_BTNH.shape[-1] // 2
-    frequencies_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies_H = _STRETCHES[scaling.kind](theta ** (-jnp.arange(half, dtype=jnp.float32) / half), scaling)
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
     sin, cos = jnp.sin(angles_BTH)[:, :, None], jnp.cos(angles_BTH)[:, :, None]
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

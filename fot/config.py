@@ -15,6 +15,7 @@ from fot.errors import ConfigError
 
 MLPS = ("swiglu", "gelu")
 MEMORY_POSITIONS = ("none", "zero")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 REMATS = ("none", "elementwise", "mlp", "full")
 DTYPES = ("float32", "bfloat16")
 CROSSBATCH_VARIANTS = ("none", "previous", "segments", "released")
@@ -70,6 +71,33 @@ def _nearest(name: str, names: typing.Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rotary frequencies are stretched for contexts longer than a checkpoint was first trained on.
+
+    Attributes:
+      kind: "none", "linear" (all divided by `factor`) or "llama3" (LLaMA 3.1: only those that turn slowly).
+      factor: what frequencies are divided by.
+      low_factor: for "llama3": those with fewer turns than this in the original context are divided by all of `factor`.
+      high_factor: for "llama3": those with more turns than this stay as they are; between the two it is gradual.
+      original_context: for "llama3": tokens of the context that the checkpoint was first trained on.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self):
+        _one_of(self, "kind", ROPE_SCALINGS)
+        _positive(self, "factor", "low_factor", "original_context")
+        _require(
+            self.high_factor > self.low_factor,
+            f"high_factor={self.high_factor} must be greater than low_factor={self.low_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer (FoT, Appendix A). Data, not subclasses, tells the paper's models from LLaMA ones.
 
@@ -83,7 +111,9 @@ class ModelConfig:
       mlp_dim: width of the feed-forward layer.
       mlp: "swiglu" (LLaMA) or "gelu" (the paper's small models).
       tied_embeddings: the output head is the embedding, transposed.
+      qkv_bias: queries, keys and values have a bias (Qwen2).
       rope_theta: base of the rotary frequencies, θ.
+      rope_scaling: how the rotary frequencies are stretched.
       norm_epsilon: ε of RMSNorm.
       memory_layers: indices (from 0) of the layers that see other contexts or a memory, ascending.
       memory_positions: "none": memory layers have no positional encoding (the paper's small models); "zero": RoPE
@@ -116,7 +146,9 @@ class ModelConfig:
     qk_scale: float = 12.0
     memory_gate: bool = False
     tied_embeddings: bool = True
+    qkv_bias: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
     norm_epsilon: float = 1e-6
     compute_dtype: str = "float32"
     remat: str = "none"

@@ -89,6 +89,10 @@ class Attention(nnx.Module):
         self.key = _normal(rngs, (D, G, H), D)
         self.value = _normal(rngs, (D, G, H), D)
         self.output = _normal(rngs, (N, H, D), N * H, (2 * config.layers) ** -0.5)
+        if config.qkv_bias:
+            self.query_bias = nnx.Param(jnp.zeros((N, H)))
+            self.key_bias = nnx.Param(jnp.zeros((G, H)))
+            self.value_bias = nnx.Param(jnp.zeros((G, H)))
         if config.qk_norm:
             self.temperature = nnx.Param(jnp.full(N, -jnp.log(config.qk_scale)))
         if config.memory_gate:
@@ -100,7 +104,7 @@ class Attention(nnx.Module):
 
         With QK-norm, queries and keys have length 1 and logits are divided by exp(temperature), else by sqrt(H).
         """
-        q = checkpoint_name(_dense(x_BTD, self.query[...]), _QKV)
+        q = self._project(x_BTD, "query")
         k, v = self.project_entries(x_BTD)
         if not self.qk_norm:
             return q * q.shape[-1] ** -0.5, k, v
@@ -108,8 +112,13 @@ class Attention(nnx.Module):
 
     def project_entries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the keys and values [B, T, G, H] of `project` alone."""
-        k, v = (checkpoint_name(_dense(x_BTD, w[...]), _QKV) for w in (self.key, self.value))
+        k, v = self._project(x_BTD, "key"), self._project(x_BTD, "value")
         return _unit(k) if self.qk_norm else k, v
+
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        projected = checkpoint_name(_dense(x_BTD, getattr(self, name)[...]), _QKV)
+        bias = getattr(self, f"{name}_bias", None)
+        return projected if bias is None else projected + bias[...]
 
     def combine(self, local: Partial, remote: list[Partial]) -> jax.Array:
         """Joins local attention with attention to contexts or a memory: one softmax, or the gate per head.
@@ -407,7 +416,7 @@ def _local_layer(layer: Params, x_BTD: jax.Array, tokens: Tokens, config: ModelC
 def _rotate(x_BTNH: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotates by the place in the row: RoPE is relative, so where a document began does not matter."""
     places_BT = jnp.broadcast_to(jnp.arange(x_BTNH.shape[1]), x_BTNH.shape[:2])
-    return attention.rope(x_BTNH, places_BT, config.rope_theta)
+    return attention.rope(x_BTNH, places_BT, config.rope_theta, config.rope_scaling)
 
 
 _POSITIONS: dict[str, Callable[[jax.Array, ModelConfig], jax.Array]] = {

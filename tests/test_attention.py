@@ -9,6 +9,7 @@ import pytest
 
 from fot import attention
 from fot.attention import Partial, Tokens
+from fot.config import RopeScalingConfig
 
 B, T, N, G, H = 3, 8, 4, 2, 4
 BLOCKS = [3, 8, 64]
@@ -190,6 +191,27 @@ def test_rope_depends_on_relative_positions_alone_and_keeps_lengths():
 
     close(products(0), products(11), 1e-4)
     assert jnp.abs(products(0) - jnp.einsum("btnh,bsnh->btns", q, k)).max() > 0.1
+
+
+def turns(scaling: RopeScalingConfig, theta: float, pairs: int) -> np.ndarray:
+    """The angle by which one token's step turns each pair."""
+    turned = attention.rope(jnp.ones((1, 1, 1, 2 * pairs)), jnp.ones((1, 1)), theta, scaling)[0, 0, 0]
+    return np.arctan2(turned[pairs:], turned[:pairs]) - np.pi / 4
+
+
+def test_linear_scaling_stretches_every_wavelength():
+    plain, stretched = (turns(RopeScalingConfig(kind, factor=4.0), 100.0, 8) for kind in ("none", "linear"))
+    np.testing.assert_allclose(stretched, plain / 4, atol=1e-6)
+
+
+def test_llama3_scaling_stretches_long_wavelengths_alone():
+    scaling = RopeScalingConfig("llama3", factor=8.0, low_factor=1.0, high_factor=4.0, original_context=64)
+    plain, stretched = (turns(each, 1000.0, 16) for each in (RopeScalingConfig(), scaling))
+    in_context = 64 * plain / (2 * np.pi)
+    np.testing.assert_allclose(stretched[in_context > 4], plain[in_context > 4], atol=1e-6)
+    np.testing.assert_allclose(stretched[in_context < 1], plain[in_context < 1] / 8, atol=1e-6)
+    between = (in_context > 1) & (in_context < 4)
+    assert between.any() and (stretched < plain)[between].all() and (stretched > plain / 8)[between].all()
 
 
 def test_rope_turns_each_pair_by_position_over_its_wavelength():

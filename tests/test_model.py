@@ -11,7 +11,7 @@ from flax import nnx
 
 from fot import attention, crossbatch, memory, model
 from fot.attention import Partial, Tokens
-from fot.config import REMATS, CrossbatchConfig, ModelConfig
+from fot.config import REMATS, CrossbatchConfig, ModelConfig, RopeScalingConfig
 from fot.readers.reader import Reader
 from fot.readers.table import READERS
 from fot.readers.table import place as place_of
@@ -34,7 +34,14 @@ PAPER = ModelConfig(
     attention_block=8,
 )
 LLAMA = dataclasses.replace(
-    PAPER, mlp="swiglu", memory_positions="zero", qk_norm=False, tied_embeddings=False, kv_heads=2
+    PAPER,
+    mlp="swiglu",
+    memory_positions="zero",
+    qk_norm=False,
+    qkv_bias=True,
+    tied_embeddings=False,
+    kv_heads=2,
+    rope_scaling=RopeScalingConfig("linear", factor=2.0),
 )
 CONFIGS = {"paper": PAPER, "llama": LLAMA}
 PACKS, K, T = 2, 2, 6
@@ -162,12 +169,14 @@ def plain_forward(p: model.Params, config: ModelConfig) -> jax.Array:
     for index in range(config.layers):
         layer = jax.tree.map(lambda leaf: leaf[index], p["layers"])  # noqa: B023
         w, y = layer["attention"], norm(x, layer["attention_norm"])
-        q, k, v = (jnp.einsum("btd,dnh->btnh", y, w[name]) for name in ("query", "key", "value"))
+        q, k, v = (
+            jnp.einsum("btd,dnh->btnh", y, w[name]) + w.get(f"{name}_bias", 0.0) for name in ("query", "key", "value")
+        )
         scale = config.head_dim**-0.5
         if config.qk_norm:
             q, k, scale = unit(q), unit(k), jnp.exp(-w["temperature"])[:, None, None]
         if not (index in config.memory_layers and config.memory_positions == "none"):
-            q, k = (attention.rope(z, places, config.rope_theta) for z in (q, k))
+            q, k = (attention.rope(z, places, config.rope_theta, config.rope_scaling) for z in (q, k))
         k, v = (jnp.repeat(z, config.heads // config.kv_heads, axis=2) for z in (k, v))
         s = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k) * scale, -1e30)
         out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s, -1), v)
