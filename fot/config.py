@@ -446,7 +446,7 @@ class OptimizerConfig:
         (peak·sqrt(warmup/step), never below `min_learning_rate`), each after a linear warm-up.
       warmup_steps: steps from 0 to `learning_rate`.
       clip_norm: largest global gradient norm; 0 is no clipping.
-      weight_decay: decoupled; spares norms, temperatures and gates.
+      weight_decay: decoupled; spares norms, biases, temperatures and gates.
     """
 
     name: str = "adamw"

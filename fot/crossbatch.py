@@ -151,7 +151,7 @@ def attend_contexts(
     """
     seen = [
         (rows_A, _attend_alike(q_ATNH[rows_A], k_BTGH, v_BTGH, queries, tokens, table, rows_A, block))
-        for rows_A in _alike(table)
+        for rows_A in alike(table)
     ]
     if len(seen) == 1 and len(seen[0][0]) == len(q_ATNH):
         return seen[0][1]
@@ -162,7 +162,7 @@ def attend_contexts(
     return Partial(out, lse)
 
 
-def _alike(table: Table) -> list[np.ndarray]:
+def alike(table: Table) -> list[np.ndarray]:
     """Groups the rows that see anything by how many contexts they see, in quarters of the most, so that few see none.
 
     In packs the first rows see few contexts and the last ones many: all at once, half of the work would be for nothing.

@@ -224,6 +224,22 @@ def test_streamed_contexts_equal_the_plain_formula_in_value_and_gradient(variant
     close(result(variant, 4), expected)
 
 
+def test_rows_are_grouped_so_that_few_wait_for_those_that_see_more():
+    table = crossbatch.previous(CrossbatchConfig(packing=16, w=15), 64, 4)
+    count_B = (table.contexts_BC >= 0).sum(1)
+    groups = crossbatch.alike(table)
+    np.testing.assert_array_equal(np.sort(np.concatenate(groups)), np.flatnonzero(count_B))
+    visited = sum(len(rows) * count_B[rows].max() for rows in groups)
+    assert count_B.sum() <= visited < 1.2 * count_B.sum() <= 0.6 * count_B.size * count_B.max()
+
+
+def test_groups_of_rows_equal_the_plain_formula_in_value_and_gradient():
+    table = crossbatch.previous(CrossbatchConfig(packing=K, w=K - 1), B, 2)
+    assert len(crossbatch.alike(table)) == K - 1
+    expected = value_and_gradients(lambda x: plain(x, table.contexts_BC, local_mask(), context_mask(table)))
+    close(value_and_gradients(lambda x: streamed(x, table, 4)), expected)
+
+
 def test_block_changes_no_result():
     for block in (T, 100):
         close(result("previous", block), result("previous", 4))

@@ -116,6 +116,7 @@ def test_parameters_are_a_dict_of_stacked_float32_layers(name, gate):
         "attention_norm": (D,),
         "mlp_norm": (D,),
         "attention": {"query": (D, N, H), "key": (D, G, H), "value": (D, G, H), "output": (N, H, D)}
+        | ({"query_bias": (N, H), "key_bias": (G, H), "value_bias": (G, H)} if config.qkv_bias else {})
         | ({"temperature": (N,)} if config.qk_norm else {})
         | ({"memory_gate": (N,)} if gate else {}),
         "mlp": {"up": (D, F), "down": (F, D)} | ({"gate": (D, F)} if config.mlp == "swiglu" else {}),

@@ -13,6 +13,9 @@ from fot.optimizer import DECAYS, decay_mask, learning_rate, optimizer, per_laye
 
 LAYERS, DIM, HEADS, HEAD_DIM, MLP, VOCABULARY, STEPS = 3, 16, 2, 4, 24, 32, 1000
 SPARED = {
+    "layers/attention/query_bias",
+    "layers/attention/key_bias",
+    "layers/attention/value_bias",
     "layers/attention/temperature",
     "layers/attention/memory_gate",
     "layers/attention_norm",
@@ -30,6 +33,9 @@ def make_params(dim: int = DIM) -> dict:
                 "query": (LAYERS, dim, HEADS, HEAD_DIM),
                 "key": (LAYERS, dim, HEADS, HEAD_DIM),
                 "value": (LAYERS, dim, HEADS, HEAD_DIM),
+                "query_bias": (LAYERS, HEADS, HEAD_DIM),
+                "key_bias": (LAYERS, HEADS, HEAD_DIM),
+                "value_bias": (LAYERS, HEADS, HEAD_DIM),
                 "output": (LAYERS, HEADS, HEAD_DIM, dim),
                 "temperature": (LAYERS, HEADS),
                 "memory_gate": (LAYERS, HEADS),
@@ -90,7 +96,7 @@ def test_schedule_of_a_traced_step_equals_that_of_an_int():
     assert jax.jit(rate)(jnp.int32(300)) == pytest.approx(float(rate(300)), rel=1e-6)
 
 
-def test_decay_spares_exactly_norms_temperatures_and_gates():
+def test_decay_spares_exactly_norms_biases_temperatures_and_gates():
     mask = named(decay_mask(make_params()))
     assert {name for name, decays in mask.items() if not decays} == SPARED
     assert {name.split("/")[-1] for name in mask} == set(DECAYS)
