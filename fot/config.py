@@ -23,7 +23,7 @@ LOSS_ROWS = ("all", "last")
 D_SCHEDULES = ("constant", "steps", "accuracy", "random")
 OPTIMIZERS = ("adamw", "adafactor")
 LR_SCHEDULES = ("constant", "cosine", "rsqrt")
-READER_NAMES = ("dense", "knn", "approximate", "clustered", "host", "sharded_dense", "sharded_knn")
+READER_NAMES = ("dense", "knn", "approximate", "clustered", "host", "host_lists", "sharded_dense", "sharded_knn")
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
@@ -546,8 +546,9 @@ class EvaluateConfig:
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
       recall_target: share of the k nearest entries that the reader "approximate" is to find, between 0 and 1.
       list_size: entries of a list of the reader "clustered" at the most; there is about a centroid for so many slots.
-      probes: lists that "clustered" reads per query and head.
-      refresh: tokens per row between two updates of the lists of "clustered"; it reads what is in none exactly.
+        Of "host_lists" it is the mean.
+      probes: lists that "clustered" and "host_lists" read per query and head.
+      refresh: tokens per row between two updates of these lists; what is in none is read exactly.
       overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
       windows: windows of a row read at once while a memory is filled, with one memory layer; changes no result.
       modes: "single_doc": a query sees only its own document's entries; "multi_doc": every entry.

@@ -22,7 +22,7 @@ from fot.config import ModelConfig
 from fot.errors import UserError
 from fot.memory import Index, Lists, Memory
 from fot.metrics import Progress
-from fot.readers import host, index
+from fot.readers import host, host_lists, index
 from fot.readers import table as readers
 from fot.readers.reader import Reader
 
@@ -127,6 +127,11 @@ def _listed_store(mesh: Mesh, list_size: int) -> Store:
     )
 
 
+def _host_lists_store(mesh: Mesh, list_size: int) -> Store:
+    build, refresh = (functools.partial(make, list_size=list_size) for make in (host_lists.build, host_lists.refresh))
+    return _host_store(mesh)._replace(build=build, refresh=refresh)
+
+
 def _host_store(mesh: Mesh) -> Store:
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         raise UserError("a memory on the host needs all devices in one process: choose a reader that reads on devices")
@@ -145,6 +150,7 @@ STORES: dict[str, Callable[[Mesh, Reader], Store]] = {
     "lists": lambda mesh, reader: _listed_store(mesh, reader.list_size),
     "sharded": lambda mesh, reader: _sharded_store(mesh),
     "host": lambda mesh, reader: _host_store(mesh),
+    "host_lists": lambda mesh, reader: _host_lists_store(mesh, reader.list_size),
 }
 
 

@@ -107,5 +107,5 @@ def test_a_memory_of_a_file_is_read_where_it_lies(tmp_path):
 def test_without_faiss_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-    with pytest.raises(UserError, match=r"reader 'host' needs FAISS: pip install 'fot\[faiss\]'"):
+    with pytest.raises(UserError, match=r"readers 'host' and 'host_lists' need FAISS: pip install 'fot\[faiss\]'"):
         loading.store_of(Reader("host", 4, 16, True, 0.9, 4, 2), mesh).empty(MODEL, B, 4, "float32")

@@ -35,7 +35,7 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-EXACT = ["knn", "host", "sharded_knn"]  # that read the k nearest, all of them
+EXACT = ["knn", "host", "host_lists", "sharded_knn"]  # that read the k nearest, all of them
 M = 17
 DOCUMENTS = np.random.default_rng(1).integers(-1, 3, (B, M)).astype(np.int32)
 DOCUMENTS[2] = -1  # a row that remembers nothing
@@ -75,8 +75,8 @@ def spread(entries: memory.Memory) -> memory.Memory:
 
 
 MESH = sharding.make_mesh(config_lib.MeshConfig(fsdp=1, sequence=8), jax.devices())
-PLACES = {"device": on_device, "lists": on_device, "host": on_host, "sharded": spread}
-WITH_GRADIENT = [name for name in READERS if table.place(name) != "host"]
+PLACES = {"device": on_device, "lists": on_device, "host": on_host, "host_lists": on_host, "sharded": spread}
+WITH_GRADIENT = [name for name in READERS if PLACES[table.place(name)] != on_host]
 
 
 @pytest.fixture(autouse=True)

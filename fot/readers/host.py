@@ -3,7 +3,7 @@
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,15 @@ _HELD: weakref.WeakValueDictionary[int, "_Held"] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
+Place = tuple[int, int, int]  # memory layer, row, key/value head
+
+
 class _Held:
-    """Numpy arrays of a memory."""
+    """Numpy arrays of a memory, and what `fot.readers.host_lists` keeps of its heads."""
 
     def __init__(self, arrays: Memory):
         self.arrays = arrays
+        self.lists: dict[Place, Any] = {}
 
 
 @jax.tree_util.register_pytree_node_class
@@ -52,6 +56,11 @@ class HostMemory:
         return self._held.arrays
 
     @property
+    def lists(self) -> dict[Place, Any]:
+        """Inverted files of heads, outside of compiled programs; empty if nothing made them."""
+        return self._held.lists
+
+    @property
     def capacity(self) -> int:
         """Slots of a row, M, outside of compiled programs."""
         return self.arrays.capacity
@@ -69,15 +78,41 @@ class HostSlots(NamedTuple):
     layer: jax.Array
 
 
+class Head(NamedTuple):
+    """The filled slots of one layer, row and head.
+
+    Attributes:
+      keys, values: [M, H].
+      entry_M: [M] int64, which entry of its row, counted from the first written, each slot holds.
+      lists: its inverted file; None without.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    entry_M: np.ndarray
+    lists: Any
+
+
+# (queries [Q, H], head, slots that they see (None is all), reader) -> logits and slots [Q, K].
+Search = Callable[[np.ndarray, Head, np.ndarray | None, Reader], tuple[np.ndarray, np.ndarray]]
+
+
 def host(q_BTNH: jax.Array, documents_BT: jax.Array, slots: HostSlots, reader: Reader) -> Partial:
-    """Attention to the k visible slots of largest inner product, as `knn`, found on the host by FAISS.
+    """Attention to the k visible slots of largest inner product, as `knn`, found on the host by FAISS."""
+    return attend(q_BTNH, documents_BT, slots, reader, nearest)
+
+
+def attend(q_BTNH: jax.Array, documents_BT: jax.Array, slots: HostSlots, reader: Reader, search: Search) -> Partial:
+    """Attention to the slots that `search` finds on the host.
 
     Only queries and what is attended to cross between device and host. There is no gradient.
     """
     shape = Partial(
         jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32), jax.ShapeDtypeStruct(q_BTNH.shape[:3], jnp.float32)
     )
-    return jax.pure_callback(functools.partial(_attend, reader=reader), shape, q_BTNH, documents_BT, slots)
+    return jax.pure_callback(
+        functools.partial(_attend, reader=reader, search=search), shape, q_BTNH, documents_BT, slots
+    )
 
 
 def hold(arrays: Memory) -> HostMemory:
@@ -112,6 +147,8 @@ def empty(layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, d
 def clear(memory: HostMemory, rows_B: Any) -> HostMemory:
     """Empties rows, see `fot.memory.clear`."""
     rows_B = np.asarray(rows_B)
+    for place in [place for place in memory.lists if rows_B[place[1]]]:
+        del memory.lists[place]
     memory.arrays.documents[rows_B] = -1
     memory.arrays.written[rows_B] = 0
     return HostMemory(memory._held, memory.number, memory.arrays.written.copy())
@@ -132,18 +169,34 @@ def write(memory: HostMemory, keys: Any, values: Any, documents_BT: Any) -> Host
     return HostMemory(memory._held, memory.number, arrays.written.copy())
 
 
+def heads(memory: HostMemory) -> Iterator[tuple[Place, Head]]:
+    """Yields every layer's, row's and head's filled slots."""
+    layers, rows, count = memory.arrays.keys.shape[:3]
+    for place in itertools.product(range(layers), range(rows), range(count)):
+        yield place, _head(memory._held, place)
+
+
+def _head(held: _Held, place: Place) -> Head:
+    written, capacity = int(held.arrays.written[place[1]]), held.arrays.capacity
+    slot_M = np.arange(min(written, capacity))
+    entry_M = written - 1 - (written - 1 - slot_M) % max(capacity, 1)
+    keys, values = (x[place][: len(slot_M)] for x in (held.arrays.keys, held.arrays.values))
+    return Head(keys, values, entry_M, held.lists.get(place))
+
+
 def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise UserError("reader 'host' needs FAISS: pip install 'fot[faiss]'") from None
+        raise UserError("readers 'host' and 'host_lists' need FAISS: pip install 'fot[faiss]'") from None
     return faiss
 
 
-def _attend(q_BTNH: Any, documents_BT: Any, slots: HostSlots, *, reader: Reader) -> Partial:
+def _attend(q_BTNH: Any, documents_BT: Any, slots: HostSlots, *, reader: Reader, search: Search) -> Partial:
     q_BTNH, documents_BT = np.asarray(q_BTNH, np.float32), np.asarray(documents_BT)
     B, T, N, H = q_BTNH.shape
-    arrays, layer = _HELD[int(slots.number)].arrays, int(slots.layer)
+    held, layer = _HELD[int(slots.number)], int(slots.layer)
+    arrays = held.arrays
     G = arrays.keys.shape[2]
     out = np.zeros((B, T, G, N // G, H), np.float32)
     lse = np.full((B, T, G, N // G), -np.inf, np.float32)
@@ -151,14 +204,14 @@ def _attend(q_BTNH: Any, documents_BT: Any, slots: HostSlots, *, reader: Reader)
     for row in range(B):
         filled = min(int(arrays.written[row]), arrays.capacity)
         for times, visible in _visible(documents_BT[row], arrays.documents[row, :filled], reader):
-            for head in range(G):
-                keys, values = arrays.keys[layer, row, head], arrays.values[layer, row, head]
+            for number in range(G):
+                head = _head(held, (layer, row, number))
                 for some in np.split(times, range(reader.block, len(times), reader.block)):
-                    queries = np.ascontiguousarray(q[row, some, head].reshape(-1, H))
-                    s, index = _nearest(queries, keys[:filled], visible, reader)
-                    found = _softmax(s, values[index])
-                    out[row, some, head] = found[0].reshape(len(some), -1, H)
-                    lse[row, some, head] = found[1].reshape(len(some), -1)
+                    queries = np.ascontiguousarray(q[row, some, number].reshape(-1, H))
+                    s, index = search(queries, head, visible, reader)
+                    found = _softmax(s, head.values[index])
+                    out[row, some, number] = found[0].reshape(len(some), -1, H)
+                    lse[row, some, number] = found[1].reshape(len(some), -1)
     return Partial(out.reshape(q_BTNH.shape), lse.reshape(B, T, N))
 
 
@@ -177,11 +230,11 @@ def _visible(
             yield times, np.flatnonzero(seen_M)
 
 
-def _nearest(
-    queries: np.ndarray, keys: np.ndarray, visible: np.ndarray | None, reader: Reader
+def nearest(
+    queries: np.ndarray, head: Head, visible: np.ndarray | None, reader: Reader
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits and slots [Q, K] of the nearest visible keys, exact."""
-    faiss = _faiss()
+    faiss, keys = _faiss(), head.keys
     count = len(keys) if visible is None else len(visible)
 
     def search(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,20 +246,26 @@ def _nearest(
     # FAISS reads float32 where it lies; what has to be converted or picked is, block by block.
     as_is = visible is None and keys.dtype == np.float32
     size = count if as_is else max(reader.block, reader.neighbours)
-    best = search(0, min(size, count))
+    found = search(0, min(size, count))
     for begin in range(size, count, size):
-        both = (np.concatenate(pair, 1) for pair in zip(best, search(begin, min(begin + size, count)), strict=True))
-        s, index = both
-        order = np.argsort(-s, 1, kind="stable")[:, : reader.neighbours]
-        best = np.take_along_axis(s, order, 1), np.take_along_axis(index, order, 1)
-    s, index = best
+        found = best([found, search(begin, min(begin + size, count))], reader.neighbours)
+    s, index = found
     return s, index if visible is None else visible[index]
 
 
+def best(found: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Joins logits and slots [Q, K] of several searches: the `count` of largest logit, of equal ones the first."""
+    s, index = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    order = np.argsort(-s, 1, kind="stable")[:, :count]
+    return np.take_along_axis(s, order, 1), np.take_along_axis(index, order, 1)
+
+
 def _softmax(s: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns values [Q, K, H] averaged under the softmax of logits [Q, K], and the log-sum-exp."""
+    """Returns values [Q, K, H] averaged under the softmax of logits [Q, K], and the log-sum-exp; zeros of nothing."""
     top = s.max(1, keepdims=True)
+    top = np.where(top == -np.inf, 0.0, top)
     p = np.exp(s - top)
     total = p.sum(1)
-    out = np.einsum("qk,qkh->qh", p, values.astype(np.float32), optimize=True) / total[:, None]
-    return out, top[:, 0] + np.log(total)
+    out = np.einsum("qk,qkh->qh", p, values.astype(np.float32), optimize=True)
+    with np.errstate(divide="ignore"):
+        return out / np.where(total > 0, total, 1.0)[:, None], top[:, 0] + np.log(total)

@@ -21,8 +21,8 @@ class Reader(NamedTuple):
       block: slots scored at once; bounds memory, changes no result.
       multi_doc: whether a query sees entries of other documents than its own.
       recall_target: share of the k nearest that "approximate" finds, expected.
-      list_size: slots of the lists of "clustered" at the most.
-      probes: lists that "clustered" reads per query and head.
+      list_size: slots of the lists of "clustered" at the most; of "host_lists", their mean.
+      probes: lists that "clustered" and "host_lists" read per query and head.
     """
 
     name: str

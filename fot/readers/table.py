@@ -10,6 +10,7 @@ from fot.readers.approximate import approximate
 from fot.readers.clustered import clustered
 from fot.readers.dense import dense
 from fot.readers.host import host
+from fot.readers.host_lists import host_lists
 from fot.readers.knn import knn
 from fot.readers.reader import Reader
 from fot.readers.sharded import sharded_dense, sharded_knn
@@ -20,12 +21,19 @@ READERS: dict[str, Callable[[jax.Array, jax.Array, Slots, Reader], Partial]] = {
     "approximate": approximate,
     "clustered": clustered,
     "host": host,
+    "host_lists": host_lists,
     "sharded_dense": sharded_dense,
     "sharded_knn": sharded_knn,
 }
 
 # Where the entries lie that a reader reads, an entry of `fot.loading.STORES`; "device" if it isn't named here.
-PLACES = {"clustered": "lists", "host": "host", "sharded_dense": "sharded", "sharded_knn": "sharded"}
+PLACES = {
+    "clustered": "lists",
+    "host": "host",
+    "host_lists": "host_lists",
+    "sharded_dense": "sharded",
+    "sharded_knn": "sharded",
+}
 
 
 def place(name: str) -> str:

@@ -1,0 +1,120 @@
+"""Inverted files of FAISS over a memory on the host, for memories that are too large to be read whole.
+
+`build` finds centroids and lists all entries; `refresh` lists the entries that came since and strikes those that were
+overwritten. What an inverted file doesn't know yet "host_lists" reads exactly, so no entry is ever lost.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fot.attention import Partial
+from fot.readers import host
+from fot.readers.host import Head, HostMemory, HostSlots
+from fot.readers.reader import Reader
+
+_ROUNDS = 6  # of k-means
+_SAMPLES = 64  # keys per centroid that k-means sees
+
+
+class HeadLists(NamedTuple):
+    """The inverted file of one layer, row and head.
+
+    Attributes:
+      index: a FAISS index that numbers keys by their slots; of bfloat16 keys it holds 2 bytes a number, else 4.
+      entry_M: [M] int64, the entry that each slot held when it was listed; -1 is none.
+    """
+
+    index: Any
+    entry_M: np.ndarray
+
+
+def host_lists(q_BTNH: jax.Array, documents_BT: jax.Array, slots: HostSlots, reader: Reader) -> Partial:
+    """Attention to the k visible slots of largest inner product among those that were looked at, as "clustered".
+
+    FAISS looks at the `reader.probes` lists whose centroids have the largest inner product with the query. There is no
+    gradient.
+    """
+    return host.attend(q_BTNH, documents_BT, slots, reader, _nearest)
+
+
+def build(memory: HostMemory, list_size: int) -> HostMemory:
+    """Finds centroids, about one for `list_size` entries, and lists all entries; in place."""
+    for place, head in host.heads(memory):
+        filled = len(head.keys)
+        memory.lists.pop(place, None)
+        if filled:
+            memory.lists[place] = HeadLists(_trained(head.keys, list_size), np.full(memory.capacity, -1, np.int64))
+    return refresh(memory, list_size)
+
+
+def refresh(memory: HostMemory, list_size: int) -> HostMemory:
+    """Lists what was written since, under the centroids there are, and strikes what was overwritten; in place.
+
+    `list_size` is that of `build`.
+    """
+    import faiss
+
+    for place, head in host.heads(memory):
+        lists = memory.lists.get(place)
+        if lists is None:
+            continue
+        listed_M = np.zeros(memory.capacity, bool)
+        listed_M[: len(head.keys)] = _listed(lists, head)
+        stale = np.flatnonzero((lists.entry_M >= 0) & ~listed_M)
+        if len(stale):
+            lists.index.remove_ids(faiss.IDSelectorBatch(stale))
+            lists.entry_M[stale] = -1
+        new = np.flatnonzero(~listed_M[: len(head.keys)])
+        if len(new):
+            lists.index.add_with_ids(np.ascontiguousarray(head.keys[new], np.float32), new)
+            lists.entry_M[new] = head.entry_M[new]
+    return memory
+
+
+def _trained(keys: np.ndarray, list_size: int) -> Any:
+    """Returns an index with centroids and no keys."""
+    import faiss
+
+    count, H = -(-len(keys) // list_size), keys.shape[1]
+    inner = faiss.METRIC_INNER_PRODUCT
+    index = (
+        faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(H), H, count, faiss.ScalarQuantizer.QT_bf16, inner, False)
+        if keys.dtype == jnp.bfloat16
+        else faiss.IndexIVFFlat(faiss.IndexFlatIP(H), H, count, inner)
+    )
+    index.by_residual = False
+    index.cp.spherical, index.cp.niter = True, _ROUNDS
+    index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _SAMPLES
+    # Evenly over all entries, which are in the order of the text.
+    some = np.unique(np.linspace(0, len(keys) - 1, min(len(keys), count * _SAMPLES)).astype(int))
+    index.train(np.ascontiguousarray(keys[some], np.float32))
+    return index
+
+
+def _listed(lists: HeadLists, head: Head) -> np.ndarray:
+    """Returns [M] bool, the filled slots whose entries the inverted file knows."""
+    return lists.entry_M[: len(head.keys)] == head.entry_M
+
+
+def _nearest(
+    queries: np.ndarray, head: Head, visible: np.ndarray | None, reader: Reader
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits and slots [Q, K] of the nearest visible keys that were looked at; -inf stands for nothing."""
+    import faiss
+
+    if head.lists is None:
+        return host.nearest(queries, head, visible, reader)
+    seen = np.arange(len(head.keys)) if visible is None else visible
+    listed = _listed(head.lists, head)[seen]
+    found = []
+    if listed.any():
+        chosen = None if visible is None and listed.all() else faiss.IDSelectorBatch(seen[listed])
+        how = faiss.SearchParametersIVF(nprobe=reader.probes, sel=chosen)
+        s, index = head.lists.index.search(queries, min(reader.neighbours, int(listed.sum())), params=how)
+        found.append((np.where(index < 0, -np.inf, s), np.maximum(index, 0)))
+    if not listed.all():
+        found.append(host.nearest(queries, head, seen[~listed], reader))
+    return host.best(found, reader.neighbours)
