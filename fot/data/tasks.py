@@ -12,9 +12,10 @@ from typing import NamedTuple
 from fot.config import DataConfig, SourceConfig
 from fot.data import cache, download, files, joined, seqio_tasks
 from fot.data.files import Bad, Document, File
-from fot.errors import DataError
+from fot.errors import DataError, UserError
 
 SPLITS = ("train", "held_out")
+
 STDLIB_SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "pydoc_data", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -22,6 +23,12 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
 _log = logging.getLogger(__name__)
 
 Wanted = Callable[[str], bool]
+
+
+def check_split(split: str) -> None:
+    """Raises UserError if the flag --split names no split."""
+    if split not in SPLITS:
+        raise UserError(f"--split={split} is not one of {', '.join(SPLITS)}")
 
 
 class Task(NamedTuple):

@@ -1,7 +1,6 @@
 """What `fot.evaluate.dictionary` found: points, their JSON, table and plot."""
 
 import dataclasses
-import io
 import json
 import math
 import pathlib
@@ -11,7 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from fot import files
-from fot.evaluate import sizes
+from fot.evaluate import picture, sizes
 
 JSON_FILE, PLOT_FILE = "dictionary.json", "dictionary.png"
 PLAIN = "plain transformer"
@@ -137,12 +136,11 @@ def plot(curves: Sequence[Curve], path: pathlib.Path) -> None:
     Raises:
       UserError: it can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with picture.drawing(path, 8, 5, _REMEDY) as figure:
+        _draw(figure.subplots(), curves)
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+
+def _draw(axes: Any, curves: Sequence[Curve]) -> None:
     for number, curve in enumerate(curves):
         plain = curve.label == PLAIN
         axes.errorbar(
@@ -169,10 +167,4 @@ def plot(curves: Sequence[Curve], path: pathlib.Path) -> None:
     axes.set_xlabel("definitions in memory (plain: in the local context), tokens")
     axes.set_ylabel("tokens of values predicted, %")
     axes.set_title("Dictionary lookup by memory length", loc="left", fontsize=11)
-    axes.grid(color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    files.write(path, lambda file: file.write(buffer.getvalue()), _REMEDY)
+    picture.tidy(axes, "center right")

@@ -31,7 +31,7 @@ from fot.config import ExperimentConfig, ModelConfig
 from fot.data import corpus as corpora
 from fot.data import tasks
 from fot.data.corpus import Corpus
-from fot.errors import ConfigError, DataError, UserError
+from fot.errors import ConfigError, DataError
 from fot.evaluate import distraction_report as report
 from fot.evaluate import trained as trained_model
 from fot.evaluate.distraction_report import Masses
@@ -274,8 +274,7 @@ def load(flags: Flags) -> ExperimentConfig:
 
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
-    if flags.split not in tasks.SPLITS:
-        raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
+    tasks.check_split(flags.split)
     configs = {flags.workdir: config}
     for workdir in flags.against:
         stored = trained_model.load_config(workdir)

@@ -1,7 +1,6 @@
 """What `fot.evaluate.distraction` found: results, their JSON, tables and plot."""
 
 import dataclasses
-import io
 import json
 import pathlib
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import numpy as np
 from fot import files
 from fot.config import CrossbatchConfig, ExperimentConfig
 from fot.errors import UserError
-from fot.evaluate import text
+from fot.evaluate import picture, text
 
 JSON_FILE, PLOT_FILE = "distraction.json", "distraction.png"
 _REMEDY = "choose a folder that can be written"
@@ -152,15 +151,8 @@ def plot(results: Mapping[str, Masses], path: str | pathlib.Path) -> None:
     Raises:
       UserError: it can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure.subplots(), results)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    files.write(pathlib.Path(path), lambda file: file.write(buffer.getvalue()), _REMEDY)
+    with picture.drawing(path, 7.5, 5, _REMEDY) as figure:
+        draw(figure.subplots(), results)
 
 
 def draw(axes: Any, results: Mapping[str, Masses]) -> None:
@@ -179,7 +171,4 @@ def draw(axes: Any, results: Mapping[str, Masses]) -> None:
     axes.set_xlabel("contexts in view, d")
     axes.set_ylabel("positive attention mass, $r_d$")
     axes.set_title("Mean over heads (strong) and each head (faint)", loc="left", fontsize=11)
-    axes.grid(color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    picture.tidy(axes)

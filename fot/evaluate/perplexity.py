@@ -303,8 +303,7 @@ def load(flags: Flags) -> ExperimentConfig:
 
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
-    if flags.split not in tasks.SPLITS:
-        raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
+    tasks.check_split(flags.split)
     generated = set(config_lib.GENERATED_TASKS).intersection(config.data.task)
     if generated:
         [task] = generated

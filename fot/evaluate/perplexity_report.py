@@ -1,7 +1,6 @@
 """What `fot.evaluate.perplexity` found: results, their JSON, tables and plot."""
 
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ from typing import Any, final
 from fot import files
 from fot.config import MEMORY_MODES, READER_NAMES
 from fot.errors import UserError
-from fot.evaluate import text
+from fot.evaluate import picture, text
 
 JSON_FILE, PLOT_FILE = "perplexity.json", "perplexity.png"
 _REMEDY = "choose a folder that can be written"
@@ -226,23 +225,13 @@ def plot(results: Mapping[str, Results], path: str | pathlib.Path) -> None:
     Raises:
       UserError: it can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_memory, by_position = figure.subplots(1, 2)
-    _plot_memory(by_memory, results)
-    _plot_positions(by_position, results)
-    for axes in (by_memory, by_position):
-        axes.set_ylabel("perplexity")
-        axes.grid(color="#e2e8f0", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    files.write(pathlib.Path(path), lambda file: file.write(buffer.getvalue()), _REMEDY)
+    with picture.drawing(path, 12.5, 5, _REMEDY) as figure:
+        by_memory, by_position = figure.subplots(1, 2)
+        _plot_memory(by_memory, results)
+        _plot_positions(by_position, results)
+        for axes in (by_memory, by_position):
+            axes.set_ylabel("perplexity")
+            picture.tidy(axes)
 
 
 def _plot_memory(axes: Any, results: Mapping[str, Results]) -> None:

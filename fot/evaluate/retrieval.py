@@ -276,8 +276,7 @@ def load(flags: Flags) -> ExperimentConfig:
 
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
-    if flags.split not in tasks.SPLITS:
-        raise UserError(f"--split={flags.split} is not one of {', '.join(tasks.SPLITS)}")
+    tasks.check_split(flags.split)
     if not all(isinstance(position, int) for position in flags.positions):
         raise UserError(f"--positions={flags.positions} must be numbers of tokens, such as --positions=120,121")
     _check(config)
