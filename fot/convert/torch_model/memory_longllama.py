@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-CONVERTED = 2**24  # elements of memory that are converted to the dtype of the computation at once
+CONVERTED = 2**22  # elements of memory that are converted to the dtype of the computation at once
 EXPLICIT = 2**26  # logits that exist at once where no kernel gives the log-sum-exp
 
 
@@ -299,10 +299,13 @@ def attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, window: Window)
         nothing = (blind & ~seen)[:, None]
     parts = [(out, lse)]
     folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # the queries that share keys, one after the other
-    step = memory_k.shape[2] if memory_k.dtype == q.dtype else max(1, CONVERTED // memory_k[:, :, 0].numel())
+    step = memory_k.shape[2] if memory_k.dtype == q.dtype else max(1, CONVERTED // k[:, :, 0].numel())
+    scratch = () if memory_k.dtype == q.dtype else q.new_empty((2, *k.shape[:2], step, k.shape[3]))
     for start in range(0, memory_k.shape[2], step):
         block = slice(start, start + step)
-        keys, values = memory_k[:, :, block].to(q.dtype), memory_v[:, :, block].to(q.dtype)
+        keys, values = memory_k[:, :, block], memory_v[:, :, block]
+        if keys.dtype != q.dtype:
+            keys, values = (x[:, :, : keys.shape[2]].copy_(y) for x, y in zip(scratch, (keys, values), strict=True))
         out, lse = _kernel(folded, keys, values, None if bias is None else bias[..., block])
         out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
         if bias is not None:  # of keys that are all hidden the kernel gives a log-sum-exp of 0
@@ -311,7 +314,9 @@ def attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, window: Window)
             average = values.mean(dim=2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             out, lse = torch.where(nothing[..., None], average, out), lse.masked_fill(nothing, math.log(keys.shape[2]))
         parts.append((out, lse))
-    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0)[..., None]
+    lses = torch.stack([lse for _, lse in parts])
+    weights = (lses - lses.amax(dim=0)).exp()  # not softmax, which wakes all threads however small its input
+    weights = (weights / weights.sum(dim=0))[..., None]
     return sum(out * weight for (out, _), weight in zip(parts, weights, strict=True)).to(q.dtype)
 
 
