@@ -362,7 +362,7 @@ class LongLlamaForCausalLM(LongLlamaPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
-        """As for other models; without cache each step reads all of the input, and what the last one left is dropped."""
+        """As for other models; without cache each step reads all of the input, and what the last left is dropped."""
         past_key_values = None if kwargs.get("use_cache") is False else past_key_values
         return super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
