@@ -120,7 +120,7 @@ class LongLlamaCache(Cache):
 
     def reset(self):
         """Forgets everything; the slots stay allocated."""
-        self.local_length = self.memory_length = self.seen = 0
+        self.local_length = self.memory_length = self.seen = self.reserve = 0
         self.positions = self.base = self.local_mask = self.memory_mask = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
