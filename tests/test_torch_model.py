@@ -317,6 +317,29 @@ def test_sampling_and_no_cache_and_continued_generation():
     assert model.generate(ids[:, :6], max_new_tokens=3, eos_token_id=None, use_cache=False).tolist() == short.tolist()
 
 
+@pytest.mark.parametrize("way", ("last_context_length", "prefill_chunk_size", "memory first"))
+def test_generation_from_a_prompt_read_otherwise(way):
+    model, prompt, plain = small(), tokens(2, 60), Plain(small())
+    arguments = {"max_new_tokens": 5, "eos_token_id": None, "attention_mask": torch.ones_like(prompt)}
+    if way == "last_context_length":
+        arguments["last_context_length"] = 4
+        logits = plain(prompt, last=4)
+    elif way == "prefill_chunk_size":
+        arguments["prefill_chunk_size"] = 10
+        logits = [plain(part) for part in prompt.split(10, dim=1)][-1]
+    else:
+        arguments["past_key_values"] = model(prompt, use_cache=False, logits_to_keep=1).past_key_values
+        plain(prompt, use_cache=False)
+        prompt = tokens(2, 6, 1)
+        arguments["attention_mask"] = torch.ones_like(prompt)
+        logits = plain(prompt)
+    manual = prompt
+    for _ in range(5):
+        manual = torch.cat([manual, logits[:, -1:].argmax(dim=-1)], dim=1)
+        logits = plain(manual[:, -1:])
+    assert model.generate(prompt, **arguments).tolist() == manual.tolist()
+
+
 def test_beams():
     model, ids = small(), tokens(2, 20)
     arguments = {"num_beams": 3, "max_new_tokens": 14, "eos_token_id": None, "do_sample": False}
@@ -411,7 +434,7 @@ def test_half_precision(dtype):
     expected = model(ids, padded(2, 40, "left")).logits
     model.to(dtype)
     logits = model(ids, padded(2, 40, "left")).logits
-    assert logits.dtype == dtype
+    assert logits.dtype == dtype and model.model.rotary_emb.inv_freq.dtype == torch.float32
     close(logits.float(), expected, 0.02)
 
 
@@ -446,7 +469,7 @@ def test_wrong_arguments_are_named():
 
 def test_saved_with_its_code_it_loads_as_remote_code(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model, ids = small(rope_theta=1e6), tokens(2, 40)
+    model, ids = small(rope_parameters={**LLAMA3, "rope_theta": 1e6}, tie_word_embeddings=True), tokens(2, 40)
     model.config.auto_map = {
         "AutoConfig": "configuration_longllama.LongLlamaConfig",
         "AutoModel": "modeling_longllama.LongLlamaModel",

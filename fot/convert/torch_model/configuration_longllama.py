@@ -6,7 +6,7 @@ MEMORY_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class LongLlamaConfig(LlamaConfig):
-    """LLaMA's fields and those of the memory (FoT, Section 3 and Appendix A).
+    """LLaMA's fields and those of the memory (FoT, Section 3.1 and Appendix A).
 
     Positions: `rope_parameters` holds them as in every current configuration; `rope_theta` reads and writes its base,
     is accepted as a field of its own and is saved as one, so that older readers find it.

@@ -100,7 +100,7 @@ class LongLlamaCache(Cache):
     """What a LongLLaMA model remembers: the local context of every layer and the memory of memory layers.
 
     Local positions are relative to the oldest token of the local context. When it would grow past
-    `max_position_embeddings`, all of it moves to memory (FoT, Section 2.1 and Appendix A.2 for the positions).
+    `max_position_embeddings`, all of it moves to memory, where every key counts as at position 0 (FoT, Appendix A).
 
     Attributes:
         local_length: tokens in the local context.
@@ -196,7 +196,7 @@ class Piece(NamedTuple):
 
 
 def pieces(tokens: int, last: int, window: int, local: int, use_cache: bool) -> list[Piece]:
-    """Cuts an input into windows (FoT, Appendix A.2): the last `last` tokens, before them windows from the beginning.
+    """Cuts an input into windows: the last `last` tokens and, before them, windows from the beginning.
 
     Without local context, windows before the last go to memory one by one. With it, they are appended to it, and what
     is there moves to memory whenever it would grow past `window`; pieces that would move before the next aren't kept.
@@ -275,7 +275,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window) ->
 
 
 def attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, window: Window) -> torch.Tensor:
-    """Attention to memory and to the local context in one softmax (FoT, Section 2.1), without copying memory.
+    """Attention to memory and to the local context in one softmax (FoT, Section 3.1), without copying memory.
 
     Args:
         q, k, v: as in `attend`.

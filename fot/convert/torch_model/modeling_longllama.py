@@ -1,6 +1,6 @@
 """LongLLaMA: LLaMA whose memory layers attend to the keys and values of everything read before.
 
-The Focused Transformer of arXiv 2307.03170 (FoT), as its released checkpoints are used: Section 2.1 and Appendix A.2.
+The Focused Transformer of arXiv 2307.03170 (FoT), as its released checkpoints are used: Section 3.1 and Appendix A.
 Parameters have the names they have in `LlamaForCausalLM`, and without memory layers the model is LLaMA.
 """
 
@@ -57,9 +57,18 @@ class LongLlamaRotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B, T] → cosines and sines [B, 1, T, H]."""
-        angles = positions[:, None, :, None].float() * self.inv_freq.float()
+        angles = positions[:, None, :, None].float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+    def _apply(self, fn, recurse=True):
+        """Lets frequencies follow the model to another device, but not to half precision."""
+        frequencies = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != frequencies.dtype:
+            self.inv_freq = frequencies.to(self.inv_freq.device)
+            self.original_inv_freq = self.inv_freq.clone()
+        return self
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -85,7 +94,7 @@ class LongLlamaMLP(nn.Module):
 
 
 class LongLlamaAttention(nn.Module):
-    """Attention to the local context and, in memory layers, to memory, in one softmax (FoT, Section 2.1)."""
+    """Attention to the local context and, in memory layers, to memory, in one softmax (FoT, Section 3.1)."""
 
     def __init__(self, config: LongLlamaConfig, layer: int):
         super().__init__()
