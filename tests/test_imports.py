@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -70,7 +71,9 @@ def module_of(path: pathlib.Path) -> str:
     return path.relative_to(ROOT / "fot").parts[0].removesuffix(".py")
 
 
-FOT = [path for path in python_files("fot") if path != ROOT / "fot" / "__init__.py"]
+# Copied into exported checkpoints, where there is no fot.
+SHIPPED = [path for path in python_files("fot/convert/torch_model") if path.name != "__init__.py"]
+FOT = [path for path in python_files("fot") if path not in (ROOT / "fot" / "__init__.py", *SHIPPED)]
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -110,3 +113,14 @@ def test_configs_and_launch_import_only_the_config(folder):
 
 def test_the_init_of_fot_imports_nothing():
     assert imports(ROOT / "fot" / "__init__.py") == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name_of)
+def test_shipped_files_import_torch_transformers_and_each_other(path):
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and (path.parent / f"{node.module}.py") in SHIPPED
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for library in (name.split(".")[0] for name in names):
+                assert library in {"torch", "transformers"} | sys.stdlib_module_names
