@@ -1,0 +1,1 @@
+"""Checkpoints of the LLaMA family in, Focused Transformers out."""
