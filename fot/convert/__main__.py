@@ -19,8 +19,8 @@
   longllama  a folder for transformers with the code of LongLLaMA inside, to be loaded with trust_remote_code=True
 
 Memory layers add no parameters, so any layers can become memory layers, at the conversion or later. The target must not
-exist; it appears when it is complete. The config stored in a workdir is that of the source; --config.… changes fields of
-it that the weights leave open, such as --config.mesh.tensor=4.
+exist; it appears when it is complete. The config stored in a workdir is that of the source; --config.… changes fields
+that the weights leave open, such as --config.mesh.tensor=4.
 
 Exit codes: 0 converted; 2 an error, told in one line; 130 ended by Ctrl-C.
 """
@@ -184,10 +184,9 @@ def _with_flags(config: ExperimentConfig, flags: Flags) -> ExperimentConfig:
 
 def _check_facts(stored: ModelConfig, wanted: ModelConfig) -> None:
     """Raises ConfigError if a field that the weights depend on was changed, by --config or an override."""
-    left, right = (
-        {name: value for name, value in config_lib.to_dict(m).items() if name not in OPEN} for m in (stored, wanted)
-    )
-    changed = [f"model.{name}: {left[name]!r} → {right[name]!r}" for name in left if left[name] != right[name]]
+    left, right = config_lib.to_dict(stored), config_lib.to_dict(wanted)
+    names = [name for name in left if name not in OPEN and left[name] != right[name]]
+    changed = [f"model.{name}: {left[name]!r} → {right[name]!r}" for name in names]
     if changed:
         raise ConfigError(f"the source says otherwise ({'; '.join(changed)}): leave these fields as they are")
 

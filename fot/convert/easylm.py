@@ -54,9 +54,8 @@ def open_source(path: pathlib.Path, config_file: str, context: int) -> Source:
     """
     config, origin = None, hf_config.Origin("llama", context)
     if config_file:
-        model, origin = hf_config.read(
-            _huggingface_names(source.read_json(pathlib.Path(config_file))), config_file, context
-        )
+        values = _huggingface_names(source.read_json(pathlib.Path(config_file)))
+        model, origin = hf_config.read(values, config_file, context)
         config = source.imported_config(model, origin.context)
     return Source(config, origin, {}, lambda model: weights.bind(open_tensors(path), model, "easylm", str(path)))
 

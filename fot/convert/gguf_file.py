@@ -89,6 +89,7 @@ def _model(fields: Mapping[str, Any], shapes: Mapping[str, tuple], read: Any, pa
     if turned != head_dim:
         raise ConversionError(f"{path}: {ARCHITECTURE}.rope.dimension_count={turned}: it must be a head's {head_dim}")
     theta = float(fields.get(f"{ARCHITECTURE}.rope.freq_base", ROPE_THETA))
+    factors_H = read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
     try:
         return ModelConfig(
             vocab_size=shapes["token_embd.weight"][0],
@@ -104,9 +105,7 @@ def _model(fields: Mapping[str, Any], shapes: Mapping[str, tuple], read: Any, pa
             qk_norm=False,
             tied_embeddings="output.weight" not in shapes,
             rope_theta=theta,
-            rope_scaling=_scaling(
-                fields, read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None, theta, path
-            ),
+            rope_scaling=_scaling(fields, factors_H, theta, path),
             norm_epsilon=float(f"{_need(fields, 'attention.layer_norm_rms_epsilon', path):.6g}"),  # stored as a float32
         )
     except ConfigError as error:
@@ -115,15 +114,12 @@ def _model(fields: Mapping[str, Any], shapes: Mapping[str, tuple], read: Any, pa
 
 def _scaling(fields: Mapping[str, Any], factors_H: np.ndarray | None, theta: float, path: str) -> RopeScalingConfig:
     """Returns how frequencies are stretched; `factors_H` is what each of them is divided by."""
-    kind = fields.get(f"{ARCHITECTURE}.rope.scaling.type", "none")
-    factor = float(
-        fields.get(f"{ARCHITECTURE}.rope.scaling.factor", fields.get(f"{ARCHITECTURE}.rope.scale_linear", 1))
-    )
+    name = f"{ARCHITECTURE}.rope.scaling"
+    kind = fields.get(f"{name}.type", "linear")  # older files have a factor alone
+    factor = float(fields.get(f"{name}.factor", fields.get(f"{ARCHITECTURE}.rope.scale_linear", 1)))
     if kind not in ("none", "linear"):
-        raise ConversionError(
-            f"{path}: {ARCHITECTURE}.rope.scaling.type={kind!r}: only none and linear can be imported"
-        )
-    linear = factor > 1 and not (kind == "none" and f"{ARCHITECTURE}.rope.scaling.type" in fields)
+        raise ConversionError(f"{path}: {name}.type={kind!r}: only none and linear can be imported")
+    linear = kind == "linear" and factor != 1
     if factors_H is None or np.all(factors_H == 1):
         return RopeScalingConfig(kind="linear", factor=factor) if linear else RopeScalingConfig()
     scaling = RopeScalingConfig(kind="llama3", factor=float(factors_H.max()), **_LLAMA3)
