@@ -5,8 +5,9 @@
       --config.model.memory_layers=6,12,18 --config.data.files=documents/**/*.txt
 
 What this file leaves out, the model's shape, its tokenizer and its context, is what the checkpoint of `train.init_from`
-was stored with. A model as small as SmolLM2-135M trains on a CPU with `--config.data.context=256
---config.data.batch_size=8 --config.crossbatch.packing=2 --config.crossbatch.segments="((0,0),(1,1))"`.
+was stored with. A model as small as SmolLM2-135M trains on a CPU with `--config.model.compute_dtype=float32
+--config.data.context=256 --config.data.batch_size=8 --config.crossbatch.packing=2
+--config.crossbatch.segments="((0,0),(1,1))"`.
 """
 
 import ml_collections

@@ -1,5 +1,6 @@
 """EasyLM's and llama.cpp's files hold the same model as the Hugging Face folder they were made from."""
 
+import io
 import json
 import pathlib
 
@@ -12,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from fot.config import DataConfig, ModelConfig, RopeScalingConfig
-from fot.convert import easylm, gguf_file, huggingface
+from fot.convert import easylm, gguf_file, gguf_tokenizer, huggingface
 from fot.data import tokenizer
 from fot.errors import ConversionError
 
@@ -245,6 +246,38 @@ def test_the_tokenizer_in_a_gguf_encodes_as_it_did(made, tmp_path):
     assert found.decode(found.encode(text)) == text
     assert json.loads(source.tokenizer["tokenizer_config.json"])["bos_token"] == "<|im_start|>"
     assert source.notes == ()
+
+
+def test_a_sentencepiece_tokenizer_in_a_gguf_encodes_as_it_did(made, tmp_path):
+    import sentencepiece
+
+    text = [f"the grass is green, number {i}: {i * i} 草" for i in range(200)]
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=proto,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    before = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
+    pieces = range(before.vocab_size())
+    kinds = [
+        2 if before.is_unknown(i) else 3 if before.is_control(i) else 6 if before.is_byte(i) else 1 for i in pieces
+    ]
+    fields = {"model": "llama", "tokens": [before.id_to_piece(i) for i in pieces], "token_type": kinds}
+    fields |= {"scores": [before.get_score(i) for i in pieces], "bos_token_id": 1, "eos_token_id": 2}
+    found = gguf_tokenizer.convert({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(found.files["tokenizer.model"])
+    after = tokenizer.load(DataConfig(tokenizer="file", tokenizer_file=str(path)), ModelConfig(vocab_size=400))
+    assert (after.bos, after.eos) == (1, 2)
+    for sample in (*text[:3], "two  spaces, an é and 草\n"):
+        np.testing.assert_array_equal(after.encode(sample), before.encode(sample))
 
 
 def test_a_tokenizer_of_another_kind_is_noted(made, tmp_path):

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file as a Hugging Face tokenizer.json: byte-level BPE, and LLaMA's SentencePiece not."""
+"""The tokenizer inside a GGUF file: byte-level BPE as a Hugging Face tokenizer.json, LLaMA's own as tokenizer.model."""
 
 import json
 from collections.abc import Mapping
@@ -37,14 +37,45 @@ class Converted(NamedTuple):
 def convert(fields: Mapping[str, Any]) -> Converted:
     """Returns the tokenizer of a GGUF file's metadata; no files and a note if it is of another kind.
 
-    Control tokens become special ones, which no text is encoded to; without a post-processor, `fot.data.tokenizer`
-    takes bos and eos by their names.
+    Control tokens of a tokenizer.json become special ones, which no text is encoded to; it has no post-processor, so
+    `fot.data.tokenizer` takes bos and eos by their names.
     """
     kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-    missing = [name for name in ("tokens", "merges", "token_type") if f"tokenizer.ggml.{name}" not in fields]
-    if kind != "gpt2" or words not in PRETOKENIZERS or missing:
+    needs = {"gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores")}.get(kind, ("?",))
+    complete = all(f"tokenizer.ggml.{name}" in fields for name in needs)
+    if kind == "llama" and complete:
+        return Converted({"tokenizer.model": _sentencepiece(fields)}, ())
+    if not complete or words not in PRETOKENIZERS:
         why = f"tokenizer.ggml.model={kind}, tokenizer.ggml.pre={words}"
         return Converted({}, (f"the tokenizer in the file ({why}) is not converted: name its file by --tokenizer",))
+    return _byte_level(fields, words)
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
+    """Returns a SentencePiece model: llama.cpp keeps its pieces, scores and types, which are numbered alike."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    get = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}.get
+    proto = sentencepiece_model_pb2.ModelProto()
+    for token, score, kind in zip(get("tokens"), get("scores"), get("token_type"), strict=True):
+        proto.pieces.add(piece=token, score=float(score), type=int(kind))
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(proto.pieces)
+    trainer.byte_fallback = any(piece.type == piece.BYTE for piece in proto.pieces)
+    for name, default in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", -1)):
+        number = get("unknown_token_id" if name == "unk" else f"{name}_token_id", default)
+        setattr(trainer, f"{name}_id", int(number))
+        if number >= 0:
+            setattr(trainer, f"{name}_piece", proto.pieces[int(number)].piece)
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = bool(get("add_space_prefix", True))
+    normalizer.remove_extra_whitespaces = bool(get("remove_extra_whitespaces", False))
+    normalizer.escape_whitespaces = True
+    return proto.SerializeToString()
+
+
+def _byte_level(fields: Mapping[str, Any], words: str) -> Converted:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     added = [
         {

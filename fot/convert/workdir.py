@@ -12,9 +12,10 @@ import jax
 from fot import checkpoint, files, model, sharding
 from fot.config import ExperimentConfig, ModelConfig
 from fot.convert import source, weights
-from fot.convert.hf_config import Origin
+from fot.convert.hf_config import BOS, EOS, Origin
 from fot.convert.source import Source
 from fot.convert.weights import Read
+from fot.data import tokenizer as tokenizers
 from fot.errors import ConversionError
 
 ORIGIN = "origin.json"
@@ -33,7 +34,9 @@ def open_source(path: pathlib.Path) -> Source:
     def read(wanted: ModelConfig) -> Read:
         return weights.of_params(_params(path, dataclasses.replace(config, model=wanted)))
 
-    return Source(config, _origin(path, config), _tokenizer(config), read)
+    tokenizer = _tokenizer(config)
+    note = f"the run's tokenizer (data.tokenizer={config.data.tokenizer}) is not exported: name its file by --tokenizer"
+    return Source(config, _origin(path, config), tokenizer, read, () if tokenizer else (note,))
 
 
 def write(target: pathlib.Path, opened: Source, config: ExperimentConfig, read: Read) -> None:
@@ -86,7 +89,15 @@ def _origin(path: pathlib.Path, config: ExperimentConfig) -> Origin:
                 return Origin(**values)
             except TypeError as error:
                 raise ConversionError(f"{folder / ORIGIN} is of another version of fot: {error}") from None
-    return Origin("llama", config.data.context)
+    return Origin("llama", config.data.context, token_ids=_token_ids(config))
+
+
+def _token_ids(config: ExperimentConfig) -> dict[str, int]:
+    """Returns the ids that the run's documents begin and end with; those of a tokenizer that it trained are LLaMA's."""
+    if not _tokenizer(config):
+        return {"bos_token_id": BOS, "eos_token_id": EOS}
+    loaded = tokenizers.file_tokenizer(config.data, config.model)
+    return {"bos_token_id": loaded.bos, "eos_token_id": loaded.eos}
 
 
 def _tokenizer(config: ExperimentConfig) -> dict[str, bytes]:
