@@ -165,6 +165,33 @@ def test_easylm_takes_its_shape_from_a_config(tmp_path):
     assert all(np.array_equal(found[name], state[name]) for name in state)
 
 
+def test_easylm_takes_its_shape_from_a_config_of_ours(tmp_path):
+    made = llama_files.torch_model("code")
+    llama_files.save_easylm(tmp_path / "streaming", llama_files.easylm_arrays(made))
+    shape = dict(vocab_size=96, dim=32, mlp_dim=64, layers=3, heads=4, kv_heads=4, head_dim=8, memory_layers=(1,))
+    lines = [
+        f"    config.model.{name} = {value!r}"
+        for name, value in {**shape, "rope_theta": 1e6, "norm_epsilon": 1e-5}.items()
+    ]
+    text = [
+        "from configs import base",
+        "def get_config():",
+        "    config = base.longllama()",
+        *lines,
+        "    return config",
+    ]
+    (tmp_path / "config.py").write_text("\n".join(text))
+    words = ["--from=easylm", f"--source={tmp_path}/streaming", f"--config={tmp_path}/config.py", "--to=fot"]
+    convert(*words, f"--target={tmp_path}/run", "--context=16", "--config.mesh.tensor=2")
+    config = trained.load_config(str(tmp_path / "run"))
+    assert (config.model.memory_layers, config.model.rope_theta, config.data.context) == ((1,), 1e6, 16)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    params = trained.load(str(tmp_path / "run"), config).params
+    inputs = llama_files.tokens(llama_files.CONTEXT)
+    logits = llama_files.our_logits(params, config.model, inputs)
+    np.testing.assert_allclose(logits, llama_files.torch_logits(made, inputs), atol=1e-4, rtol=0)
+
+
 def test_wrong_flags_are_one_line(folders, tmp_path, capsys):
     llama, target = f"--source={folders}/llama", f"--target={tmp_path}/out"
     right = ["--from=hf", llama, "--to=fot", target]
@@ -237,12 +264,13 @@ def test_fine_tuning_takes_the_shape_from_the_checkpoint(folders, tmp_path):
         "--config.model.compute_dtype=float32",
         "--config.train.steps=1",
         "--config.train.evaluate_every=0",
+        "--config.model.remat=none",
         "--config.mesh.tensor=2",
     ]
     parsed = cli.parse(words, train.Flags, train.__doc__, complete=checkpoint.inherit)
     stored = trained.load_config(str(tmp_path / "imported"))
     names = {line.split(":")[0] for line in config_lib.differences(stored, parsed.config) if line.startswith("model.")}
-    assert names == {"model.memory_layers", "model.attention_block", "model.remat"}
+    assert names == {"model.memory_layers", "model.attention_block"}
     assert parsed.config.optimizer.learning_rate == 2e-5
     lines: list[str] = []
     train.train(parsed.config, tmp_path / "tuned", lines.append)

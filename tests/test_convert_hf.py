@@ -213,6 +213,7 @@ REFUSED = [
     ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "must be equal"),
     ({"rope_theta": None}, "rope_theta is missing"),
     ({"model_type": "longllama", "mem_layers": [3]}, "layer 3 does not exist"),
+    ({"model_type": "longllama", "mem_layers": ["1"]}, "mem_layers=['1']"),
 ]
 
 

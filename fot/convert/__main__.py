@@ -120,12 +120,14 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     if flags.to == "fot":
         workdir.write(target, source, config, source.weights(config.model))
     else:
-        context = flags.context or (config.data.context if flags.to == "longllama" else source.origin.context)
+        # A window of LongLLaMA is what the run trained with; plain LLaMA may be read further.
+        least = 0 if flags.to == "longllama" else source.origin.context
+        context = flags.context or max(least, config.data.context)
         dtype = DTYPES.get(flags.dtype, source.origin.dtype)
         write, code = hf_config.write, {}
         if flags.to == "longllama":
             write, code = hf_config.write_longllama, export.code_files()
-        values = write(config.model, source.origin, context or config.data.context, dtype)
+        values = write(config.model, source.origin, context, dtype)
         export.write(target, source, config.model, values, source.weights(config.model), code, flags.max_shard_bytes)
     for note in source.notes if not flags.tokenizer else ():
         print(f"note: {note}")

@@ -85,7 +85,9 @@ def read(values: Mapping[str, Any], name: str, context: int) -> tuple[ModelConfi
     heads, dim = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
     context = context or fields.get("max_position_embeddings", int)
     _check_window(fields, context)
-    positions = fields.get("mem_positionals", bool, True)
+    positions, layers = fields.get("mem_positionals", bool, True), fields.get("mem_layers", list, [])
+    if not all(type(layer) is int for layer in layers):
+        raise fields.refused("mem_layers", layers, "these must be numbers of layers")
     try:
         model = ModelConfig(
             vocab_size=fields.get("vocab_size", int),
@@ -96,7 +98,7 @@ def read(values: Mapping[str, Any], name: str, context: int) -> tuple[ModelConfi
             head_dim=fields.get("head_dim", int, dim // max(heads, 1)),
             mlp_dim=fields.get("intermediate_size", int),
             mlp="swiglu",
-            memory_layers=tuple(sorted(fields.get("mem_layers", list, []))),
+            memory_layers=tuple(sorted(layers)),
             memory_positions="zero" if positions else "none",
             qk_norm=False,
             tied_embeddings=fields.get("tie_word_embeddings", bool, False),
