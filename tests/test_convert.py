@@ -94,6 +94,17 @@ def test_round_trip_through_a_workdir_is_bit_identical(name, shard, folders, tmp
         assert json.loads(left) == json.loads(right)
 
 
+def test_an_export_needs_no_mesh_of_the_run(folders, tmp_path):
+    config = huggingface.open_source(folders / "llama", 0).config
+    config = dataclasses.replace(config, mesh=config_lib.MeshConfig(data=512, fsdp=3))
+    params = llama_files.load(huggingface.open_source(folders / "llama", 0))
+    with checkpoint.Checkpointer(tmp_path / "run" / "checkpoints", config.train) as checkpoints:
+        checkpoints.save(3, {"params": params, "step": np.int32(3)}, {}, config)
+    convert("--from=fot", f"--source={tmp_path}/run", "--to=hf", f"--target={tmp_path}/out")
+    before, after = tensors(folders / "llama"), tensors(tmp_path / "out")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("name", ["llama3", "linear", "wide_heads", "qwen2"])
 def test_transformers_reads_an_export_as_the_same_model(name, tmp_path):
     made = llama_files.saved(name, tmp_path / "in")

@@ -10,7 +10,7 @@ import pathlib
 import jax
 
 from fot import checkpoint, files, model, sharding
-from fot.config import ExperimentConfig, ModelConfig
+from fot.config import ExperimentConfig, MeshConfig, ModelConfig
 from fot.convert import source, weights
 from fot.convert.hf_config import BOS, EOS, Origin
 from fot.convert.source import Source
@@ -74,8 +74,8 @@ def write_files(folder: pathlib.Path, contents: dict[str, bytes]) -> None:
 
 
 def _params(path: pathlib.Path, config: ExperimentConfig) -> model.Params:
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
-    sharding.check_mesh(mesh, config)
+    """Returns the parameters in the host's own memory: the run's mesh may be that of another machine."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
     with checkpoint.Checkpointer(path / "checkpoints", config.train) as checkpoints:
         return checkpoints.restore_params(None, sharding.abstract_params(model.init, config.model, mesh))
 
