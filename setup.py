@@ -34,6 +34,7 @@ setup(
             "gguf>=0.19",
             "hypothesis>=6.170",
             "ipykernel>=7.4",
+            "msgpack>=1.2",
             "nbclient>=0.11",
             "nbformat>=5.11",
             "psutil>=7.2",

@@ -1,7 +1,7 @@
 """What every command shares: flags, `--config` with overrides of its fields, help, and errors in one line.
 
 A command declares its own flags as a frozen dataclass; type, default and description come from there, as they do
-for the config. A field without a default is required:
+for the config. A field without a default is required; a final _ (`from_`) is not part of the flag's name:
 
     @dataclasses.dataclass(frozen=True)
     class Flags:
@@ -54,6 +54,7 @@ class Command(NamedTuple):
 
 
 Load = Callable[[Any], ExperimentConfig]
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def run(
@@ -62,6 +63,7 @@ def run(
     usage: str | None,
     load: Load | None = None,
     argv: Sequence[str] | None = None,
+    complete: Complete = dict,
 ) -> NoReturn:
     """Runs `main(config, flags)` and exits: 0, 2 after a `UserError` (one line on stderr), 130 after Ctrl-C.
 
@@ -72,10 +74,11 @@ def run(
       load: gives the config, from the command's own flags, when `--config` is not on the command line (for
         example the config stored with a checkpoint); None makes `--config` required.
       argv: arguments without the program's name; None is those of the process.
+      complete: gives the config's values, not validated yet, with what the file and the command line leave out.
     """
 
     def call() -> None:
-        command = parse(sys.argv[1:] if argv is None else argv, flags, usage, load)
+        command = parse(sys.argv[1:] if argv is None else argv, flags, usage, load, complete)
         main(command.config, command.flags)
 
     sys.exit(exit_code(call))
@@ -94,7 +97,9 @@ def exit_code(call: Callable[[], None]) -> int:
         return INTERRUPTED
 
 
-def parse(argv: Sequence[str], flags: type, usage: str | None, load: Load | None = None) -> Command:
+def parse(
+    argv: Sequence[str], flags: type, usage: str | None, load: Load | None = None, complete: Complete = dict
+) -> Command:
     """Parses a command line; arguments as for `run`.
 
     Raises:
@@ -115,7 +120,7 @@ def parse(argv: Sequence[str], flags: type, usage: str | None, load: Load | None
         values = config_lib.to_dict(load(own))
     else:
         raise UserError("flag --config is required, such as --config=configs/code_tiny.py")
-    return Command(config_lib.from_dict(override(values, overrides)), own)
+    return Command(config_lib.from_dict(complete(override(values, overrides))), own)
 
 
 def load_file(path: str) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def _settings(words: list[str], flags: type, ignore_missing: bool) -> dict[str, 
     """Returns {flag name: text}; the last of repeated flags counts. Names are checked, texts are not."""
     settings: dict[str, str] = {}
     kinds = {"config": str} | {f"config.{name}": kind for name, kind in _config_kinds().items()}
-    kinds |= typing.get_type_hints(flags)
+    kinds |= _flag_kinds(flags)
     words = list(reversed(words))
     while words:
         word = words.pop()
@@ -196,13 +201,21 @@ def _check_name(name: str, kinds: dict[str, Any]) -> None:
     raise UserError(f"unknown flag --{name}{_nearest(f'--{name}', own) or '; --help lists all flags'}")
 
 
+def _flag_kinds(flags: type) -> dict[str, Any]:
+    """Returns {flag: type} of a command's own flags; a field named `from_` is the flag --from, a word of Python."""
+    return {name.removesuffix("_"): kind for name, kind in typing.get_type_hints(flags).items()}
+
+
 def _own_flags(flags: type, settings: dict[str, str]) -> Any:
-    kinds = typing.get_type_hints(flags)
+    kinds, values = _flag_kinds(flags), {}
     for field in dataclasses.fields(flags):
+        name = field.name.removesuffix("_")
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in settings:
-            raise UserError(f"flag --{field.name} is required: --{field.name}=<{_kind_name(kinds[field.name])}>")
-    return flags(**{name: _parse(name, kind, settings[name]) for name, kind in kinds.items() if name in settings})
+        if required and name not in settings:
+            raise UserError(f"flag --{name} is required: --{name}=<{_kind_name(kinds[name])}>")
+        if name in settings:
+            values[field.name] = _parse(name, kinds[name], settings[name])
+    return flags(**values)
 
 
 def _config_kinds() -> dict[str, Any]:
@@ -279,13 +292,14 @@ def _text(value: Any) -> str:
 
 def _help(usage: str | None, flags: type, values: dict[str, Any], config_required: bool) -> str:
     current = dict(config_lib.fields(values))
-    kinds = typing.get_type_hints(flags)
+    kinds = _flag_kinds(flags)
     lines = [inspect.cleandoc(usage or ""), "", "Flags:"]
     for field in dataclasses.fields(flags):
         # Only plain defaults are shown; a factory's is the command's own business.
         shown = "" if field.default is dataclasses.MISSING else "=" + _text(field.default)
         required = "" if shown else ", required"
-        lines += _entry(field.name + shown, _kind_name(kinds[field.name]) + required, _descriptions(flags)[field.name])
+        name = field.name.removesuffix("_")
+        lines += _entry(name + shown, _kind_name(kinds[name]) + required, _descriptions(flags)[field.name])
     about = "file with get_config(), such as configs/code_tiny.py; any field can be changed as shown below"
     lines += _entry("config", "str, required" if config_required else "str", about)
     lines += _entry("help", "", "show this text; with --config, the values of that file")

@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that can't go on, such as one whose gradients stay non-finite."""
+
+
+class ConversionError(UserError):
+    """A checkpoint of another program that can't be read, or a model that can't be expressed in the other format."""

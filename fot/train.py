@@ -297,4 +297,4 @@ def main(config: ExperimentConfig, command: Flags) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Flags, usage=__doc__)
+    cli.run(main, Flags, usage=__doc__, complete=checkpoint.inherit)

@@ -33,6 +33,9 @@ class Flags:
     quick: bool = False
 
 
+MESH = {"data": 2, "fsdp": 1, "tensor": 1, "sequence": 1}
+
+
 def parse(*words: str) -> cli.Command:
     return cli.parse([f"--config={TINY}", "--workdir=runs/x", *words], Flags, USAGE)
 
@@ -94,6 +97,32 @@ def test_overrides_leave_the_other_fields_as_the_file_says():
     config = parse("--config.model.layers=8").config
     whole = config_lib.from_dict(cli.load_file(TINY))
     assert config_lib.differences(whole, config) == ["model.layers: 4 → 8"]
+
+
+def test_a_flag_may_be_a_word_of_python(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Words:
+        """Flags.
+
+        Attributes:
+          from_: where it begins.
+        """
+
+        from_: str
+
+    assert cli.parse([f"--config={TINY}", "--from=here"], Words, USAGE).flags == Words("here")
+    with pytest.raises(UserError, match="flag --from is required"):
+        cli.parse([f"--config={TINY}"], Words, USAGE)
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"], Words, USAGE)
+    assert re.search(r"--from  \(str, required\)\n +where it begins", capsys.readouterr().out)
+
+
+def test_values_that_are_left_out_can_be_completed():
+    command = cli.parse(
+        [f"--config={TINY}", "--workdir=x"], Flags, USAGE, complete=lambda values: values | {"mesh": MESH}
+    )
+    assert command.config.mesh == config_lib.MeshConfig(**MESH)
 
 
 def test_the_last_of_repeated_flags_counts():

@@ -1,1 +1,1 @@
-"""Checkpoints to and from other formats."""
+"""Checkpoints of the LLaMA family in, Focused Transformers out."""
