@@ -18,37 +18,38 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fot import cli, loading, memory_file, session
+from fot import cli, incremental, loading, memory_file, session
 from fot import trained as trained_model
 from fot.config import ExperimentConfig
 from fot.data import tokenizer as tokenizers
 from fot.data.text_stream import texts
 from fot.errors import UserError
+from fot.layers import Params
 from fot.loading import Show
 from fot.memory import Memory
 from fot.sampling import Sampling, sample
-from fot.session import Setup, State, Weights
+from fot.session import Setup, State
 
 NONE = -1  # in place of a token, in a row that has ended
 
 
 def prompt_logits(
-    weights: Weights, config: ExperimentConfig, prompts: Sequence[np.ndarray], mesh: Mesh
+    params: Params, config: ExperimentConfig, prompts: Sequence[np.ndarray], mesh: Mesh
 ) -> list[np.ndarray]:
     """Returns float32 logits [tokens, V] at all tokens of each prompt, as generation sees them.
 
     Args:
-      weights: of `session.weights`.
+      params: of `incremental.prepare`.
       config: as for `stream`.
       prompts: token ids of each row, at least one.
-      mesh: where the weights are.
+      mesh: where they are.
     """
     setup, rows = session.setup_of(config, mesh), _rows(prompts, mesh)
-    return session.all_logits(weights, setup, session.empty(setup, len(rows)), rows)[1][: len(prompts)]
+    return session.all_logits(params, setup, session.empty(setup, len(rows)), rows)[1][: len(prompts)]
 
 
 def generate(
-    weights: Weights,
+    params: Params,
     config: ExperimentConfig,
     prompts: Sequence[np.ndarray],
     mesh: Mesh,
@@ -59,13 +60,13 @@ def generate(
     show: Show = lambda done, speed: None,
 ) -> list[np.ndarray]:
     """Returns what follows each prompt, int32 [tokens], without the token it stopped at; arguments as for `stream`."""
-    steps = list(stream(weights, config, prompts, mesh, stop=stop, keys=keys, memory=memory, show=show))
+    steps = list(stream(params, config, prompts, mesh, stop=stop, keys=keys, memory=memory, show=show))
     tokens_BT = np.stack(steps, 1) if steps else np.zeros((len(prompts), 0), np.int32)
     return [row[row != NONE] for row in tokens_BT]
 
 
 def stream(
-    weights: Weights,
+    params: Params,
     config: ExperimentConfig,
     prompts: Sequence[np.ndarray],
     mesh: Mesh,
@@ -78,10 +79,10 @@ def stream(
     """Yields the tokens that follow the prompts, int32 [B], as they come; a row's result does not depend on the others.
 
     Args:
-      weights: of `session.weights`, for any number of calls.
+      params: of `incremental.prepare`, for any number of calls.
       config: model, `data.context`, `generate`, and of `evaluate` how readers read.
       prompts: token ids of each row, at least one, of any lengths.
-      mesh: where the weights are.
+      mesh: where they are.
       stop: tokens that end a row; they are not given out.
       keys: [B], a random key for each row; None makes them of `generate.seed` and the row's number.
       memory: what was read before the prompts, see `session.remember`; None is nothing.
@@ -100,7 +101,7 @@ def stream(
     draw = functools.partial(_draw(Sampling(settings.temperature, settings.top_k, settings.top_p)), keys)
     ended = np.arange(len(rows)) >= len(prompts)
     state = _start(setup, rows, settings.max_new_tokens, memory)
-    state, logits = session.read(weights, setup, state, rows, show)
+    state, logits = session.read(params, setup, state, rows, show)
     for number in range(settings.max_new_tokens):
         tokens = np.array(draw(logits, number))
         ended = ended | np.isin(tokens, list(stop))
@@ -109,7 +110,7 @@ def stream(
         yield np.where(ended, NONE, tokens)[: len(prompts)]
         if number + 1 < settings.max_new_tokens:
             following = [[] if done else [token] for token, done in zip(tokens, ended, strict=True)]
-            state, logits = session.advance(weights, setup, state, following)
+            state, logits = session.advance(params, setup, state, following)
 
 
 def _start(setup: Setup, rows: list[np.ndarray], new_tokens: int, memory: Memory | None) -> State:
@@ -172,10 +173,10 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
         memory = memory_file.load(pathlib.Path(flags.memory), memory_file.owner(trained.params, config.model))
     begin = [] if flags.memory else [tokenizer.bos]
     prompt = np.concatenate([begin, tokenizer.encode(text)]).astype(np.int32)
-    weights = session.weights(trained.params, config.model, trained.mesh)
+    params = incremental.prepare(trained.params, config.model, trained.mesh)
     windows = -(-max(len(prompt) - config.generate.last_context_length, 0) // config.data.context)
     with loading.progress(windows) as show:
-        tokens = stream(weights, config, [prompt], trained.mesh, stop=[tokenizer.eos], memory=memory, show=show)
+        tokens = stream(params, config, [prompt], trained.mesh, stop=[tokenizer.eos], memory=memory, show=show)
         first = next(tokens, None)
     if first is not None:
         following = (int(each[0]) for each in (first, *tokens))

@@ -36,7 +36,13 @@ class Extension(NamedTuple):
 def prepare(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     """Returns parameters as `extend` takes them: in the compute dtype, "layers" a tuple with a dict for each layer.
 
-    So a step reads every parameter once; it would copy what it cuts out of a stack, and cast anew each time.
+    So a step reads every parameter once; it would copy what it cuts out of a stack, and cast anew each time. Every pass
+    of `fot.model` takes them too.
+
+    Args:
+      params: as `model.init` gives them; placed on the mesh if they aren't.
+      config: the model.
+      mesh: where the result is.
     """
 
     def apart(params: Params) -> Params:
@@ -46,7 +52,7 @@ def prepare(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
 
     specs = sharding.shardings(params, mesh)
     layer = jax.tree.map(lambda place: NamedSharding(mesh, PartitionSpec(*place.spec[1:])), specs["layers"])
-    return jax.jit(apart, out_shardings={**specs, "layers": (layer,) * config.layers})(params)
+    return jax.jit(apart, out_shardings={**specs, "layers": (layer,) * config.layers})(jax.device_put(params, specs))
 
 
 def cast(params: Params, config: ModelConfig) -> Params:

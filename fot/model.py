@@ -194,15 +194,20 @@ def unembed(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array
     return logits(head(params, config), hidden)
 
 
-def _layer(layers: Params, index: int) -> Params:
-    return jax.tree.map(lambda p: p[index], layers)
+def _layer(layers: Params | tuple[Params, ...], index: int) -> Params:
+    """Returns one layer's parameters, of a stack or, for generation, of layers apart (`fot.incremental.prepare`)."""
+    return layers[index] if isinstance(layers, tuple) else jax.tree.map(lambda p: p[index], layers)
 
 
-def _run(layers: Params, begin: int, end: int, x_BTD: jax.Array, tokens: Tokens, config: ModelConfig) -> jax.Array:
-    """Scans the layers begin … end-1, none of which sees other contexts."""
+def _run(
+    layers: Params | tuple[Params, ...], begin: int, end: int, x_BTD: jax.Array, tokens: Tokens, config: ModelConfig
+) -> jax.Array:
+    """Runs the layers begin … end-1, none of which sees other contexts; scans them if they are stacked."""
     if begin == end:
         return x_BTD
     step = _REMAT[config.remat](functools.partial(_local_layer, tokens=tokens, config=config))
+    if isinstance(layers, tuple):
+        return functools.reduce(lambda x_BTD, layer: step(layer, x_BTD), layers[begin:end], x_BTD)
     stack = jax.tree.map(lambda p: p[begin:end], layers)
     return jax.lax.scan(lambda x, layer: (step(layer, x), None), x_BTD, stack, unroll=min(config.unroll, end - begin))[
         0

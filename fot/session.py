@@ -76,19 +76,6 @@ def setup_of(config: ExperimentConfig, mesh: Mesh) -> Setup:
     )
 
 
-class Weights(NamedTuple):
-    """Parameters in the compute dtype: as `model.init` stacks them, and as `incremental.extend` takes them."""
-
-    stacked: Params
-    apart: Params
-
-
-def weights(params: Params, config: ModelConfig, mesh: Mesh) -> Weights:
-    """Returns parameters ready for any number of sessions; placed on the mesh if they aren't."""
-    stacked = incremental.cast(jax.device_put(params, sharding.shardings(params, mesh)), config)
-    return Weights(stacked, incremental.prepare(stacked, config, mesh))
-
-
 class State(NamedTuple):
     """B texts as far as they are read. What changes it gives it up.
 
@@ -160,12 +147,12 @@ def _copied(setup: Setup, memory: Any, rows: int, entries: int) -> Any:
 
 
 def read(
-    weights: Weights, setup: Setup, state: State, texts: Sequence[np.ndarray], show: Show
+    params: Params, setup: Setup, state: State, texts: Sequence[np.ndarray], show: Show
 ) -> tuple[State, jax.Array]:
     """Reads the texts that come next.
 
     Args:
-      weights: of the model.
+      params: of `incremental.prepare`.
       setup: the session.
       state: what was read before; it is given up.
       texts: token ids of each row, of any length; none is for a row that is left alone.
@@ -176,14 +163,14 @@ def read(
     """
     fresh_B = state.length == 0
     prefix_B = np.array([max(len(text) - setup.last_context_length, 0) for text in texts])
-    state = _load(weights, setup, state, texts, np.where(fresh_B, prefix_B, 0), show)
+    state = _load(params, setup, state, texts, np.where(fresh_B, prefix_B, 0), show)
     after_B = np.where(fresh_B, 0, prefix_B)
     pieces = [_pieces(setup, text, prefix) for text, prefix in zip(texts, after_B, strict=True)]
     # All rows end with the last step, so that what is returned is of one step.
     longest = max(map(len, pieces))
     pieces = [[[]] * (longest - len(row)) + row for row in pieces]
     for step in zip(*pieces, strict=True):
-        state, logits = advance(weights, setup, state, step)
+        state, logits = advance(params, setup, state, step)
     return state, logits
 
 
@@ -193,18 +180,18 @@ def _pieces(setup: Setup, text: np.ndarray, prefix: int) -> list[np.ndarray]:
     return [*first, text[max(len(text) - setup.last_context_length, 0) :]]
 
 
-def advance(weights: Weights, setup: Setup, state: State, tokens: Sequence[Sequence[int]]) -> tuple[State, jax.Array]:
+def advance(params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]]) -> tuple[State, jax.Array]:
     """Reads one piece of each row after its cache; none is for a row that is left alone.
 
     Returns:
       The state, and float32 logits [B, V] after the last token of each piece.
     """
     programs = _programs(setup.model, setup.reader, setup.mesh)
-    return _step(weights, setup, state, tokens, programs.last)
+    return _step(params, setup, state, tokens, programs.last)
 
 
 def _step(
-    weights: Weights, setup: Setup, state: State, tokens: Sequence[Sequence[int]], extend: Callable
+    params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]], extend: Callable
 ) -> tuple[State, jax.Array]:
     programs = _programs(setup.model, setup.reader, setup.mesh)
     count_B = np.array([len(each) for each in tokens], np.int32)
@@ -214,7 +201,7 @@ def _step(
         row[: len(each)] = each
     with jax.set_mesh(setup.mesh):
         state = _make_room(setup, state, count_B)
-        logits, entries = extend(weights.apart, padded_BT, count_B, state.cache, state.memory)
+        logits, entries = extend(params, padded_BT, count_B, state.cache, state.memory)
         cache = programs.append(state.cache, entries, count_B)
     return state._replace(cache=cache, length=state.length + count_B), logits
 
@@ -246,7 +233,7 @@ def _make_room(setup: Setup, state: State, count_B: np.ndarray) -> State:
 
 
 def _load(
-    weights: Weights, setup: Setup, state: State, texts: Sequence[np.ndarray], prefix_B: np.ndarray, show: Show
+    params: Params, setup: Setup, state: State, texts: Sequence[np.ndarray], prefix_B: np.ndarray, show: Show
 ) -> State:
     """Reads the first `prefix_B` tokens of each text into memory."""
     if not setup.model.memory_layers or not prefix_B.any():
@@ -254,7 +241,7 @@ def _load(
     state = reserve(setup, state, int((state.written + prefix_B).max()))
     how = Loading(setup.reader, setup.windows, "refuse")
     windows = windows_of(texts, prefix_B, setup.window)
-    memory = loading.load(weights.stacked, setup.model, state.memory, windows, how, setup.mesh, show)
+    memory = loading.load(params, setup.model, state.memory, windows, how, setup.mesh, show)
     with jax.set_mesh(setup.mesh):
         memory = loading.store_of(setup.reader, setup.mesh).build(memory)
     return state._replace(memory=memory, written=state.written + prefix_B)
@@ -273,7 +260,7 @@ def windows_of(texts: Sequence[np.ndarray], length_B: np.ndarray, window: int) -
 
 
 def all_logits(
-    weights: Weights, setup: Setup, state: State, texts: Sequence[np.ndarray]
+    params: Params, setup: Setup, state: State, texts: Sequence[np.ndarray]
 ) -> tuple[State, list[np.ndarray]]:
     """Reads texts that begin, as `read` does, through the whole model.
 
@@ -294,13 +281,13 @@ def all_logits(
     for batch in windows_of(texts, prefix_B, setup.window) if prefix_B.any() else ():
         with jax.set_mesh(setup.mesh):
             placed = jax.device_put(batch.documents, sharding.batch_sharding(setup.mesh))
-            logits, entries = programs.window(weights.stacked, batch.tokens, placed, state.memory)
+            logits, entries = programs.window(params, batch.tokens, placed, state.memory)
             keep(logits, (batch.documents >= 0).sum(1))
             if setup.model.memory_layers:
                 state = state._replace(memory=store.refresh(store.write(state.memory, *entries, placed)))
     state = state._replace(written=state.written + (prefix_B if setup.model.memory_layers else 0))
     last = [text[prefix:] for text, prefix in zip(texts, prefix_B, strict=True)]
-    state, logits = _step(weights, setup, state, last, programs.each)
+    state, logits = _step(params, setup, state, last, programs.each)
     keep(logits, length_B - prefix_B)
     return state, [np.concatenate(part) for part in parts]
 
@@ -310,9 +297,9 @@ class _Programs(NamedTuple):
 
     Attributes:
       empty: (rows, capacity) -> cache.
-      last: (weights apart, tokens [B, T], counts [B], cache, memory) -> logits [B, V] after each row's last, entries.
+      last: (params, tokens [B, T], counts [B], cache, memory) -> logits [B, V] after each row's last, entries.
       each: the same with logits [B, T, V].
-      window: (weights stacked, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
+      window: (params, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
       append: `fot.cache.append`; the cache is given up.
       forget: `fot.cache.forget`; the cache is given up.
       stored: cache -> keys and values of the memory layers as a memory takes them, [L, B, S, G, H].

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fot import config as config_lib
-from fot import generate, session, sharding
+from fot import generate, incremental, session, sharding
 from fot.attention import rope
 from fot.config import ModelConfig
 
@@ -78,7 +78,7 @@ def released_params():
 
 @pytest.fixture(scope="module")
 def released(mesh):
-    return session.weights(released_params(), RELEASED, mesh)
+    return incremental.prepare(released_params(), RELEASED, mesh)
 
 
 def released_config(**changed):
