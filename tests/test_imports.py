@@ -38,7 +38,7 @@ OWNERS = {
     "transformers": {"convert"},
 }
 # Slow to import: only inside the functions that need them.
-LAZY = ("tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss")
+LAZY = ("tensorboardX", "tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss")
 
 
 class Import(NamedTuple):
