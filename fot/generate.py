@@ -12,13 +12,14 @@ what is drawn.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from fot import cli, incremental, loading, memory_file, session
+from fot import config as config_lib
 from fot import trained as trained_model
 from fot.config import ExperimentConfig
 from fot.data import tokenizer as tokenizers
@@ -98,12 +99,12 @@ def stream(
     if keys is None:
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(settings.seed)))(np.arange(len(prompts)))
     keys = keys[np.arange(len(rows)) % len(prompts)]
-    draw = functools.partial(_draw(Sampling(settings.temperature, settings.top_k, settings.top_p)), keys)
+    draw = _draw(Sampling(settings.temperature, settings.top_k, settings.top_p))
     ended = np.arange(len(rows)) >= len(prompts)
     state = _start(setup, rows, settings.max_new_tokens, memory)
     state, logits = session.read(params, setup, state, rows, show)
     for number in range(settings.max_new_tokens):
-        tokens = np.array(draw(logits, number))
+        tokens = np.array(draw(keys, logits, number))
         ended = ended | np.isin(tokens, list(stop))
         if ended.all():
             return
@@ -132,7 +133,7 @@ def _rows(prompts: Sequence[np.ndarray], mesh: Mesh) -> list[np.ndarray]:
 
 
 @functools.lru_cache(maxsize=64)
-def _draw(sampling: Sampling):
+def _draw(sampling: Sampling) -> Callable:
     """Returns (keys [B], logits [B, V], number of the token) -> tokens [B]."""
 
     def draw(keys: jax.Array, logits_BV: jax.Array, number: int) -> jax.Array:
@@ -165,6 +166,11 @@ def load(flags: Flags) -> ExperimentConfig:
 
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
+    generated = set(config_lib.GENERATED_TASKS).intersection(config.data.task)
+    if generated:
+        raise UserError(
+            f"{flags.workdir} holds a run of data.task={','.join(generated)}, which has no text to go on with"
+        )
     text = _read(flags.context) + flags.prompt
     tokenizer = tokenizers.load(config.data, config.model)
     trained = trained_model.load(flags.workdir, config)
