@@ -10,9 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import tqdm
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
 
 from fot import files
 from fot.errors import UserError
@@ -38,7 +35,7 @@ class MetricsWriter:
         self._path, self._resumed_at = pathlib.Path(workdir) / FILE, resumed_at
         files.sweep(self._path)
         self.resumed = _drop_after(self._path, resumed_at)
-        self._board: RecordWriter | None = None
+        self._board: Any = None
         with self._errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")
@@ -55,6 +52,10 @@ class MetricsWriter:
         Raises:
           UserError: the workdir can't be written.
         """
+        # It imports torch where there is one, for 1 s and 140 MB: here, for what writes no metrics.
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         values = {name: _plain(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
@@ -78,11 +79,14 @@ class MetricsWriter:
             if self._board is not None:
                 both.callback(self._board.close)
 
-    def _open_board(self) -> RecordWriter:
+    def _open_board(self) -> Any:
         """Opens an event file that hides the steps after `resumed_at` of earlier ones.
 
         Written here and not by a thread of tensorboardX, which would die of a full disk and leave its queue to block.
         """
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
         folder = self._path.parent / "tensorboard"
         folder.mkdir(exist_ok=True)
         # The second alone would let a quick resume overwrite the old file.

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and the configs that tests share."""
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import os
@@ -30,6 +31,27 @@ def compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def compilations():
+    """A context manager that gives a list, which grows with every program that is compiled."""
+
+    @contextlib.contextmanager
+    def counted():
+        seen = []
+
+        def listen(event, *_, **__):
+            if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+                seen.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield seen
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counted
 
 
 @pytest.fixture

@@ -15,10 +15,13 @@ FLOORS = (
     ("config", "files"),
     ("cli",),
     ("sharding", "attention", "batch", "flops", "metrics", "termination"),
-    ("memory", "crossbatch", "kernels"),
+    ("memory", "crossbatch", "kernels", "layers"),
     ("readers",),
+    ("cache",),
     ("model",),
-    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "generate"),
+    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "sampling", "incremental"),
+    ("session", "trained"),
+    ("generate",),
     ("evaluate", "convert", "train_step"),
     ("train",),
     ("demo",),
@@ -27,7 +30,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # Library -> the modules of fot that may import it.
 OWNERS = {
-    "flax": {"model"},
+    "flax": {"layers"},
     "orbax": {"checkpoint"},
     "tensorflow": {"data"},
     "seqio": {"data"},
@@ -37,7 +40,7 @@ OWNERS = {
     "gguf": {"convert"},
 }
 # Slow to import: only inside the functions that need them.
-LAZY = ("tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss", "gguf")
+LAZY = ("tensorboardX", "tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss", "gguf")
 
 
 class Import(NamedTuple):

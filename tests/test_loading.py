@@ -1,6 +1,5 @@
 """Properties of loading: the entries of the full forward pass, for less, and in memory that doesn't grow."""
 
-import contextlib
 import dataclasses
 
 import jax
@@ -133,24 +132,8 @@ def test_without_memory_layers_there_are_no_entries():
     assert entries.keys.shape == entries.values.shape == (0, B, T, config.kv_heads, config.head_dim)
 
 
-@contextlib.contextmanager
-def compilations():
-    """Gives a list that grows with every program that is compiled."""
-    seen = []
-
-    def listen(event, *_, **__):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize("name", ["one_layer", "several"])
-def test_the_same_programs_run_whatever_the_length(name, mesh):
+def test_the_same_programs_run_whatever_the_length(name, mesh, compilations):
     config = dataclasses.replace(MODELS[name], norm_epsilon=1e-5)  # that no test before has compiled
     params, capacity = init(config), 136
     with compilations() as first:
