@@ -34,12 +34,11 @@ import numpy as np
 import psutil
 import tqdm
 
-from fot import attention, memory, model
+from fot import attention, memory, model, trained
 from fot.attention import Partial, Tokens
 from fot.config import EvaluateConfig, ExperimentConfig
 from fot.data import corpus as corpora
 from fot.errors import UserError
-from fot.evaluate import trained
 from fot.memory import Memory, Slots
 from fot.readers import approximate, clustered, index, knn, table
 from fot.readers.reader import Reader

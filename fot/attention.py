@@ -10,6 +10,7 @@ crossbatch contexts and memories all return a `Partial`, so none of them knows o
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -162,6 +163,36 @@ def finish(running: Running) -> tuple[jax.Array, jax.Array]:
     """Returns normalised output [B, G, R, T, H] and log-sum-exp [B, G, R, T]."""
     safe = jnp.where(running.total > 0, running.total, 1.0)
     return running.out / safe[..., None], finite(running.top) + jnp.log(running.total)
+
+
+_FEW = 8  # queries per key/value head, at the most, that `attend_few` is the faster way for
+_FEW_LOGITS = 2**24  # numbers that it may hold at once, 64 MiB
+
+
+def few(q_BGRTH: jax.Array, k_BGSH: jax.Array) -> bool:
+    """Tells whether these queries are few enough, for these keys, for `attend_few`.
+
+    XLA's CPU backend would convert all of bfloat16 keys to float32 at once.
+    """
+    numbers = q_BGRTH.size // q_BGRTH.shape[-1] * k_BGSH.shape[2]
+    return math.prod(q_BGRTH.shape[2:4]) <= _FEW and numbers <= _FEW_LOGITS and k_BGSH.dtype == jnp.float32
+
+
+def attend_few(q_BGRTH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, visible_BTS: jax.Array) -> Running:
+    """The running softmax of few queries over many keys, which are read once and where they lie.
+
+    Keys come first in the product and its other operand has two rows at least: else XLA's CPU backend runs it element
+    by element, ten times slower. A block would be copied before it is read.
+    """
+    s_BGSRT = jnp.einsum("bgsh,bgrth->bgsrt", k_BGSH, q_BGRTH, preferred_element_type=jnp.float32)
+    s_BGRTS = jnp.where(visible_BTS[:, None, None], jnp.moveaxis(s_BGSRT, 2, 4), -jnp.inf)
+    top = s_BGRTS.max(-1)
+    p_BGRTS = jnp.exp(s_BGRTS - finite(top)[..., None])
+    rows = p_BGRTS.astype(v_BGSH.dtype).reshape(*p_BGRTS.shape[:2], -1, p_BGRTS.shape[-1])
+    if rows.shape[2] == 1:
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    out = jnp.einsum("bgns,bgsh->bgnh", rows, v_BGSH, preferred_element_type=jnp.float32)
+    return Running(top, p_BGRTS.sum(-1), out[:, :, : math.prod(q_BGRTH.shape[2:4])].reshape(q_BGRTH.shape))
 
 
 class Gradients(NamedTuple):

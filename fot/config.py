@@ -616,6 +616,45 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How a text is read and continued (FoT, section 3.1; the released LongLLaMA code).
+
+    `data.context` is the window in which it is read, and the most that the local context holds. How a reader reads is
+    in `evaluate`: `neighbours`, `block`, `recall_target`, `list_size`, `probes`.
+
+    Attributes:
+      last_context_length: tokens at the end of a prompt that stay in the local context; what is before is in memory.
+      max_new_tokens: tokens to generate at the most.
+      temperature: what logits are divided by; 0 takes the likeliest token.
+      top_k: draw from this many likeliest tokens; 0 is all.
+      top_p: draw from the likeliest tokens that have this probability together; 1 is all.
+      seed: of the draws.
+      reader: entry of `fot.readers.table.READERS`.
+      memory_dtype: dtype of the keys and values in memory; "compute" is `model.compute_dtype`.
+      memory_block: entries by which memories differ in size and grow; larger compiles more rarely and wastes more.
+      windows: windows of a prompt read at once, see `evaluate.windows`; changes no result.
+    """
+
+    last_context_length: int = 1024
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    reader: str = "dense"
+    memory_dtype: str = "compute"
+    memory_block: int = 8192
+    windows: int = 1
+
+    def __post_init__(self):
+        _positive(self, "last_context_length", "memory_block", "windows")
+        _not_negative(self, "max_new_tokens", "temperature", "top_k", "seed")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0, and 1 at the most")
+        _one_of(self, "reader", READER_NAMES)
+        _one_of(self, "memory_dtype", MEMORY_DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A whole run. `from_dict` builds and validates it, `to_dict` is its inverse."""
 
@@ -627,6 +666,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
 
     def __post_init__(self):
         crossbatch, rows = self.crossbatch, self.data.batch_size

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fot import config as config_lib
-from fot import model, sharding
+from fot import layers, model, sharding
 from fot.attention import Tokens
 from fot.crossbatch import Table
 from fot.data import corpus as corpora
@@ -211,9 +211,7 @@ def test_errors_of_the_command(workdirs, words, message, capsys):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_share_is_what_the_layer_took_from_elsewhere(name):
     # Values of one token are ones and of the others zeros: what attention gives is the weight of the ones.
-    block = model.nnx.merge(
-        model._graphdef(MODELS[name]), jax.tree.map(lambda leaf: leaf[0], params(MODELS[name])["layers"])
-    )
+    block = layers.block_of(MODELS[name], jax.tree.map(lambda leaf: leaf[0], params(MODELS[name])["layers"]))
     key = jax.random.split(jax.random.key(1), 2)
     lse_local, lse_elsewhere = (jax.random.normal(each, (2, 3, 4)) for each in key)
     lse_elsewhere = lse_elsewhere.at[0, 0].set(-jnp.inf)

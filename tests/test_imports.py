@@ -14,10 +14,13 @@ FLOORS = (
     ("config", "files"),
     ("cli",),
     ("sharding", "attention", "batch", "flops", "metrics", "termination"),
-    ("memory", "crossbatch", "kernels"),
+    ("memory", "crossbatch", "kernels", "layers"),
     ("readers",),
+    ("cache",),
     ("model",),
-    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "generate"),
+    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "sampling", "incremental"),
+    ("session", "trained"),
+    ("generate",),
     ("evaluate", "convert", "train_step"),
     ("train",),
     ("demo",),
@@ -26,7 +29,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # Library -> the modules of fot that may import it.
 OWNERS = {
-    "flax": {"model"},
+    "flax": {"layers"},
     "orbax": {"checkpoint"},
     "tensorflow": {"data"},
     "seqio": {"data"},

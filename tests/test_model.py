@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fot import attention, crossbatch, memory, model
+from fot import attention, crossbatch, layers, memory, model
 from fot.attention import Partial, Tokens
 from fot.config import REMATS, CrossbatchConfig, ModelConfig, RopeScalingConfig
 from fot.readers.reader import Reader
@@ -345,7 +345,7 @@ def test_reading_a_memory_of_all_documents_equals_crossbatch_with_negatives():
 
 def test_gate_weighs_memory_against_local_context():
     config = dataclasses.replace(PAPER, memory_gate=True)
-    layer = model.Attention(config, nnx.Rngs(0))
+    layer = layers.Attention(config, nnx.Rngs(0))
     bias = np.array([-1.0, 0.0, 2.0, 50.0], np.float32)
     layer.memory_gate[...] = jnp.asarray(bias)
     rng = np.random.default_rng(0)
@@ -362,7 +362,7 @@ def test_gate_weighs_memory_against_local_context():
 
 
 def test_without_a_gate_memory_and_local_context_share_one_softmax():
-    layer = model.Attention(PAPER, nnx.Rngs(0))
+    layer = layers.Attention(PAPER, nnx.Rngs(0))
     assert not hasattr(layer, "memory_gate")
     rng = np.random.default_rng(0)
     parts = [

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from fot import config as config_lib
 from fot import loading, model, objective, sharding
+from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ExperimentConfig, ModelConfig
@@ -31,7 +32,6 @@ from fot.data.dictionary import Dictionary
 from fot.errors import ConfigError, UserError
 from fot.evaluate import dictionary_report as report
 from fot.evaluate import sizes
-from fot.evaluate import trained as trained_model
 from fot.evaluate.dictionary_report import Curve, Point
 from fot.loading import Loading
 from fot.readers import table

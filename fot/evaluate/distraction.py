@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import config as config_lib
 from fot import model, sharding
+from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ExperimentConfig, ModelConfig
@@ -33,7 +34,6 @@ from fot.data import tasks
 from fot.data.corpus import Corpus
 from fot.errors import ConfigError, DataError
 from fot.evaluate import distraction_report as report
-from fot.evaluate import trained as trained_model
 from fot.evaluate.distraction_report import Masses
 from fot.memory import Memory, Slots
 from fot.readers import table as readers

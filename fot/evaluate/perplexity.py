@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fot import config as config_lib
 from fot import loading, model, objective, sharding
 from fot import memory as memories
+from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.config import ExperimentConfig, ModelConfig
 from fot.data import corpus as corpora
@@ -32,7 +33,6 @@ from fot.data.corpus import Corpus
 from fot.data.rows import Batch
 from fot.errors import UserError
 from fot.evaluate import perplexity_report as report
-from fot.evaluate import trained as trained_model
 from fot.evaluate.perplexity_report import Bin, Column, Results
 from fot.memory import Memory
 from fot.metrics import Progress

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import attention, loading, model, objective, sharding
+from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ExperimentConfig, ModelConfig
@@ -34,7 +35,6 @@ from fot.data import rows, tasks
 from fot.data.corpus import Corpus
 from fot.errors import ConfigError, DataError, UserError
 from fot.evaluate import retrieval_report as report
-from fot.evaluate import trained as trained_model
 from fot.evaluate.retrieval_report import Entry, Head, Query
 from fot.memory import Memory
 from fot.model import Reads

@@ -1,6 +1,7 @@
 """Attention to a whole memory."""
 
 import jax
+import jax.numpy as jnp
 
 from fot import attention
 from fot.attention import Partial
@@ -16,5 +17,10 @@ def dense(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Read
         s = attention.logits(q, block.keys, visible(documents_BT, block, reader))
         return attention.accumulate(running, s, block.values)
 
-    out, lse = attention.finish(fold(step, attention.start(q), slots, reader.block))
+    whole = Block(slots.keys, slots.values, slots.documents, jnp.int32(0))
+    if attention.few(q, slots.keys):
+        running = attention.attend_few(q, slots.keys, slots.values, visible(documents_BT, whole, reader))
+    else:
+        running = fold(step, attention.start(q), slots, reader.block)
+    out, lse = attention.finish(running)
     return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])

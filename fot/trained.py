@@ -1,4 +1,4 @@
-"""The trained model that an evaluation measures: the newest checkpoint of a workdir."""
+"""A trained model: the newest checkpoint of a workdir."""
 
 import pathlib
 from typing import NamedTuple

@@ -1,0 +1,122 @@
+"""The local context of generation: keys and values of every layer, token after token (FoT, section 3.1).
+
+As in the released LongLLaMA code, places count from a row's oldest entry, and a row that would outgrow the local
+context gives up all its entries at once. Rows have lengths of their own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fot import attention
+from fot.attention import Partial
+from fot.config import ModelConfig
+from fot.memory import Slots
+from fot.readers.reader import Block, fold
+
+
+class Entries(NamedTuple):
+    """Keys and values of new tokens, for each layer an array; what isn't for the cache alone isn't rotated.
+
+    Attributes:
+      keys: [B, T, G, H] of each layer, rotated to their places where the layer has positions.
+      values: [B, T, G, H] of each layer.
+      stored: [B, T, G, H] of each memory layer, the keys as others see them.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    stored: tuple[jax.Array, ...]
+
+
+class Cache(NamedTuple):
+    """Entries of all layers, for B rows of at most S each.
+
+    An array for each layer, so that a layer is read where it lies; cut out of a common one it would be copied.
+
+    Attributes:
+      keys: [B, G, S, H] of each layer, rotated to their places where the layer has positions.
+      values: [B, G, S, H] of each layer.
+      stored: [B, G, S, H] of each memory layer, the keys as a memory takes them.
+      length: [B] int32, entries of each row.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    stored: tuple[jax.Array, ...]
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a row has room for, S."""
+        return self.keys[0].shape[2]
+
+
+def empty(config: ModelConfig, rows: int, capacity: int) -> Cache:
+    """Returns a cache without entries."""
+
+    def zeros(layers: int) -> tuple[jax.Array, ...]:
+        shape = (rows, config.kv_heads, capacity, config.head_dim)
+        return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(layers))
+
+    return Cache(
+        zeros(config.layers), zeros(config.layers), zeros(len(config.memory_layers)), jnp.zeros(rows, jnp.int32)
+    )
+
+
+def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:
+    """Appends the first `count_B` of the new tokens of each row, for which there must be room."""
+    place_T = jnp.arange(new.keys[0].shape[1])
+    slot_BT = jnp.where(place_T < count_B[:, None], cache.length[:, None] + place_T, cache.capacity)
+    index = (
+        jnp.arange(len(slot_BT))[:, None, None],
+        jnp.arange(new.keys[0].shape[2])[:, None],
+        slot_BT[:, None],
+    )
+
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        if held.dtype == jnp.bfloat16:
+            # As integers, for the reason that `fot.memory.write_part` gives.
+            held, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (held, new))
+        written = held.at[index].set(new.swapaxes(1, 2), mode="drop")
+        return jax.lax.bitcast_convert_type(written, jnp.bfloat16) if held.dtype == jnp.uint16 else written
+
+    keys, values, stored = (
+        tuple(map(put, *pair))
+        for pair in ((cache.keys, new.keys), (cache.values, new.values), (cache.stored, new.stored))
+    )
+    return Cache(keys, values, stored, cache.length + count_B)
+
+
+def forget(cache: Cache, rows_B: jax.Array) -> Cache:
+    """Empties the rows where `rows_B` [B] bool is true."""
+    return cache._replace(length=jnp.where(rows_B, 0, cache.length))
+
+
+def attend(q_BTNH: jax.Array, keys_BGSH: jax.Array, values_BGSH: jax.Array, length_B: jax.Array, block: int) -> Partial:
+    """Attention to all entries of a layer's cache, streamed in blocks.
+
+    Args:
+      q_BTNH: queries, scaled, and rotated to their places if the keys are.
+      keys_BGSH: keys of the cache.
+      values_BGSH: values of the cache.
+      length_B: entries of each row.
+      block: entries scored at once.
+
+    Returns:
+      Partial attention over what came before the queries.
+    """
+    q = attention.split_heads(q_BTNH, keys_BGSH.shape[1])
+    document_BS = jnp.where(jnp.arange(keys_BGSH.shape[2]) < length_B[:, None], 0, -1)
+
+    def step(running: attention.Running, block: Block) -> attention.Running:
+        s = attention.logits(q, block.keys, (block.documents >= 0)[:, None])
+        return attention.accumulate(running, s, block.values)
+
+    if attention.few(q, keys_BGSH):
+        running = attention.attend_few(q, keys_BGSH, values_BGSH, (document_BS >= 0)[:, None])
+    else:
+        running = fold(step, attention.start(q), Slots(keys_BGSH, values_BGSH, document_BS), block)
+    out, lse = attention.finish(running)
+    return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
