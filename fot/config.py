@@ -445,8 +445,8 @@ class PasskeyConfig:
         a document.
       tokens: tokens of its text at the most, for each phase of the curriculum; texts are of all lengths below.
       documents_per_key: for each phase, of so many consecutive documents the first has a key and a question, the others
-        are filler alone. A question must see no other key, as nothing tells one document's from another's: `crossbatch.d`
-        can be at most this.
+        are filler alone. A question must see no other key, as nothing tells one document's from another's:
+        `crossbatch.d` can be at most this.
       phase_steps: the steps at which the next phase begins.
     """
 
