@@ -71,16 +71,11 @@ def prompt(tokenizer: Tokenizer, key: str, length: int, depth: float) -> Prompt:
     Raises:
       ConfigError: without filler it is longer already.
     """
-
-    def made(sentences: int) -> np.ndarray:
-        words = text(key, sentences, round(depth * sentences))
-        return np.concatenate([[tokenizer.bos], tokenizer.encode(words)]).astype(np.int32)
-
-    tokens, least = made(0), len(made(0))
-    if least > length:
-        raise ConfigError(f"a passkey prompt of {length} tokens has no room for filler: ask for {least} or more")
+    made = functools.partial(_prompt_tokens, tokenizer, key, depth=depth)
     # Tokens of a text need not be those of its parts: take what is left in rounds of the filler, then sentences.
-    count, cycle = 0, len(made(len(FILLER))) - least
+    count, tokens = 0, made(0)
+    _check_room(len(tokens), length)
+    cycle = len(made(len(FILLER))) - len(tokens)
     while rounds := int((length - len(tokens)) / cycle):
         count = max(count + rounds * len(FILLER), 0)
         tokens = made(count)
@@ -90,6 +85,21 @@ def prompt(tokenizer: Tokenizer, key: str, length: int, depth: float) -> Prompt:
     while len(more := made(count + 1)) <= length:
         count, tokens = count + 1, more
     return Prompt(tokens, key)
+
+
+def check_length(tokenizer: Tokenizer, digits: int, length: int) -> None:
+    """Raises ConfigError if a prompt of so many tokens has no room for its words, a key of so many digits, and bos."""
+    _check_room(len(_prompt_tokens(tokenizer, "0" * digits, 0, 0.0)), length)
+
+
+def _check_room(least: int, length: int) -> None:
+    if least > length:
+        raise ConfigError(f"a passkey prompt of {length} tokens has no room for filler: ask for {least} or more")
+
+
+def _prompt_tokens(tokenizer: Tokenizer, key: str, sentences: int, depth: float) -> np.ndarray:
+    words = text(key, sentences, round(depth * sentences))
+    return np.concatenate([[tokenizer.bos], tokenizer.encode(words)]).astype(np.int32)
 
 
 def keys(count: int, digits: int, *seed: int) -> list[str]:

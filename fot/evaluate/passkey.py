@@ -75,8 +75,6 @@ def ask(
 ) -> tuple[Cell, ...]:
     """Asks for keys as `evaluate` does, of what continues prompts, `evaluate.batch_size` of a cell at a time."""
     settings, cells = config.evaluate, []
-    for length in settings.lengths:  # all of them can be had, before hours are spent
-        passkey.prompt(tokenizer, "0" * config.passkey.digits, length, 0.0)
     shape = list(itertools.product(settings.lengths, enumerate(settings.depths)))
     with Progress(len(shape) * settings.trials, 0, sys.stderr, "prompt") as bar:
         for length, (place, depth) in shape:
@@ -144,6 +142,7 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     config = dataclasses.replace(config, evaluate=_settings(config.evaluate, flags))
     tokenizer = _tokenizer(config, flags.workdir)
+    passkey.check_length(tokenizer, config.passkey.digits, config.evaluate.lengths[0])
     output = pathlib.Path(flags.output or flags.workdir)
     trained = trained_model.load(flags.workdir, config)
     print(f"{flags.workdir}: step {trained.step}, reader {config.generate.reader}", flush=True)
