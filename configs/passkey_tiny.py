@@ -23,15 +23,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.w = 3
     config.crossbatch.d = (1, 8)
     config.crossbatch.d_schedule = "steps"
-    config.crossbatch.d_steps = (500,)
+    config.crossbatch.d_steps = (700,)
     config.passkey.document = 256
     config.passkey.tokens = (128, 256, 256)
     config.passkey.documents_per_key = (1, 1, 8)
-    config.passkey.phase_steps = (150, 500)
+    config.passkey.phase_steps = (200, 700)
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 50
-    config.train.steps = 600
+    config.train.steps = 900
     config.train.evaluate_every = 100
-    config.evaluate.batch_size = 4
+    config.evaluate.batch_size = 5
+    config.evaluate.trials = 20
     config.evaluate.lengths = (256, 1024, 4096, 16_384, 65_536)
     return config

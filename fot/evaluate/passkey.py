@@ -84,11 +84,10 @@ def ask(
             while len(answers) < len(prompts):
                 some = prompts[len(answers) : len(answers) + settings.batch_size]
                 show = functools.partial(_show, bar, len(cells) * settings.trials + len(answers), length)
-                show(0, 0.0)
                 answers += _answers(follow, some, settings.batch_size, tokenizer, show)
             cells.append(_cell(length, depth, prompts, answers))
             log(report.line(cells[-1]))
-        _show(bar, len(shape) * settings.trials, shape[-1][0], 0, 0.0)
+            _show(bar, len(cells) * settings.trials, length, 0, 0.0)
     return tuple(cells)
 
 
