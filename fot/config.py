@@ -434,7 +434,7 @@ class DictionaryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyConfig:
-    """Passkey retrieval, for `data.task=passkey` and the evaluation of any model (FoT, section 4.4).
+    """Passkey retrieval, for `data.task=passkey` and the evaluation of any model (FoT, section 5).
 
     A document hides a number in filler and then asks for it; the loss counts the answer alone. Documents are made as
     they are read; each batch has new ones.

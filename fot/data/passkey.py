@@ -1,4 +1,4 @@
-"""Passkey retrieval: a number inside filler, and a question for it at the end (FoT, section 4.4).
+"""Passkey retrieval: a number inside filler, and a question for it at the end (FoT, section 5).
 
 One text serves all: prompts of any length for the tokenizer of any model, and endless documents to train a small one
 on, with a vocabulary of their own. A document is a pure function of the config's seed and its number, so a stream of

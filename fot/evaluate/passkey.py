@@ -1,4 +1,4 @@
-"""Share of pass keys found by length of the prompt and place of the key (FoT, section 4.4).
+"""Share of pass keys found by length of the prompt and place of the key (FoT, section 5).
 
   python -m fot.evaluate passkey --workdir=runs/passkey_tiny --lengths=4k,16k,64k --depths=0,0.5,1 --trials=20
   python -m fot.evaluate passkey --workdir=runs/longllama --config.generate.reader=knn
@@ -75,6 +75,7 @@ def ask(
 ) -> tuple[Cell, ...]:
     """Asks for keys as `evaluate` does, of what continues prompts, `evaluate.batch_size` of a cell at a time."""
     settings, cells = config.evaluate, []
+    rows = min(settings.batch_size, settings.trials)
     shape = list(itertools.product(settings.lengths, enumerate(settings.depths)))
     with Progress(len(shape) * settings.trials, 0, sys.stderr, "prompt") as bar:
         for length, (place, depth) in shape:
@@ -82,9 +83,9 @@ def ask(
             prompts = [passkey.prompt(tokenizer, key, length, depth) for key in keys]
             answers: list[str] = []
             while len(answers) < len(prompts):
-                some = prompts[len(answers) : len(answers) + settings.batch_size]
+                some = prompts[len(answers) : len(answers) + rows]
                 show = functools.partial(_show, bar, len(cells) * settings.trials + len(answers), length)
-                answers += _answers(follow, some, settings.batch_size, tokenizer, show)
+                answers += _answers(follow, some, rows, tokenizer, show)
             cells.append(_cell(length, depth, prompts, answers))
             log(report.line(cells[-1]))
             _show(bar, len(cells) * settings.trials, length, 0, 0.0)
