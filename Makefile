@@ -6,7 +6,7 @@ TEST_STAMP := .venv/.installed-test
 # On a CPU, huge pages spare a train step most of its page faults; elsewhere this does nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help .venv demo dictionary dictionary-plain test test-slow lint format clean
+.PHONY: help .venv demo dictionary dictionary-plain passkey test test-slow lint format clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-23s %s\n", $$1, $$2 }'
@@ -34,6 +34,10 @@ dictionary: $(STAMP)  ## Train dictionary lookup and evaluate it up to 1M tokens
 dictionary-plain: dictionary  ## The same with a plain transformer beside it, trained as long; results in the same folder.
 	$(BIN)/python -m fot.train --config=configs/dictionary_plain.py --workdir=runs/dictionary_plain
 	$(BIN)/python -m fot.evaluate dictionary --workdir=runs/dictionary_tiny --plain=runs/dictionary_plain
+
+passkey: $(STAMP)  ## Train passkey retrieval and evaluate it in prompts of up to 64k tokens; results in runs/passkey_tiny.
+	$(BIN)/python -m fot.train --config=configs/passkey_tiny.py --workdir=runs/passkey_tiny
+	$(BIN)/python -m fot.evaluate passkey --workdir=runs/passkey_tiny
 
 test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow.
 	$(BIN)/python -m pytest -m "not slow"

@@ -119,6 +119,7 @@ def measure_jax(length: int, size: Size, memory_dtype: str) -> Times:
 def measure_torch(length: int, size: Size, memory_dtype: str) -> Times:
     """Reads and decodes with the PyTorch model that an export ships with."""
     import torch
+
     from fot.convert.torch_model.modeling_longllama import LongLlamaConfig, LongLlamaForCausalLM
 
     model = size.model

@@ -157,3 +157,15 @@ def dictionary(config: ml_collections.ConfigDict) -> None:
     config.data.context = 256
     config.evaluate.readers = ("knn",)
     config.evaluate.neighbours = 32
+
+
+def passkey(config: ml_collections.ConfigDict) -> None:
+    """Sets passkey retrieval: the key in any row of a pack, the question in the last, the loss on its answer alone."""
+    config.model.vocab_size = 64
+    config.crossbatch.variant = "previous"
+    config.crossbatch.loss_rows = "last"
+    config.data.task = ("passkey",)
+    config.data.files = ("",)
+    config.generate.reader = "knn"
+    config.generate.last_context_length = 32
+    config.evaluate.neighbours = 32

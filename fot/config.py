@@ -27,9 +27,9 @@ READER_NAMES = ("dense", "knn", "approximate", "clustered", "host", "host_lists"
 TASKS = (
     *("python_stdlib", "files", "directories", "repositories", "isabelle", "sympy", "books", "hol_light"),
     *("seqio", "c4", "pg19"),
-    "dictionary",
+    *("dictionary", "passkey"),
 )
-GENERATED_TASKS = ("dictionary",)  # made as they are read: no files, no tokenizer
+GENERATED_TASKS = ("dictionary", "passkey")  # made as they are read: no files, no tokenizer
 TASKS_THAT_NAME_FILES = ("files", "directories", "repositories", "isabelle", "seqio")
 WEIGHT_UNITS = ("tokens", "documents")
 BAD_DOCUMENTS = ("skip", "refuse")
@@ -272,7 +272,8 @@ class DataConfig:
     a single entry holds for all of them.
 
     Attributes:
-      task: entries of `fot.data.tasks.TASKS`; or "dictionary", alone: see the fields of `dictionary`.
+      task: entries of `fot.data.tasks.TASKS`; or "dictionary" or "passkey", alone: see the fields of
+        `dictionary` and `passkey`.
       files: glob of text or JSONL files, plain, .gz or .zst, for the tasks that read files; for task "seqio" the name
         of a registered task, or "module:name"; for "c4" and "pg19" the data folder of TensorFlow Datasets.
       field: for JSONL files and task "seqio": the field that holds the text; "a.b" is field b of field a.
@@ -432,6 +433,49 @@ class DictionaryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PasskeyConfig:
+    """Passkey retrieval, for `data.task=passkey` and the evaluation of any model (FoT, section 5).
+
+    A document hides a number in filler and then asks for it; the loss counts the answer alone. Documents are made as
+    they are read; each batch has new ones.
+
+    Attributes:
+      digits: of a pass key; the first is not 0.
+      document: tokens of a training document, <pad> included; `data.context` × `crossbatch.packing`, so that a pack is
+        a document.
+      tokens: tokens of its text at the most, for each phase of the curriculum; texts are of all lengths below.
+      documents_per_key: for each phase, of so many consecutive documents the first has a key and a question, the others
+        are filler alone. A question must see no other key, as nothing tells one document's from another's:
+        `crossbatch.d` can be at most this.
+      phase_steps: the steps at which the next phase begins.
+    """
+
+    digits: int = 5
+    document: int = 512
+    tokens: tuple[int, ...] = (512,)
+    documents_per_key: tuple[int, ...] = (1,)
+    phase_steps: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _positive(self, "digits", "document")
+        _require(self.digits <= 18, f"digits={self.digits} must be at most 18")
+        phases = len(self.phase_steps) + 1
+        _require(
+            list(self.phase_steps) == sorted(set(self.phase_steps)), f"phase_steps={self.phase_steps} must be ascending"
+        )
+        for name in ("tokens", "documents_per_key"):
+            values = getattr(self, name)
+            _require(
+                len(values) == phases and min(values) > 0,
+                f"{name}={values} must have {phases} entries above 0, one more than phase_steps",
+            )
+        _require(
+            max(self.tokens) <= self.document,
+            f"tokens={self.tokens} must be at most document={self.document}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and learning rate (FoT, Appendix A).
 
@@ -563,6 +607,9 @@ class EvaluateConfig:
       surroundings: for retrieval, how many tokens are shown before and after each memory token.
       memory_dtype: dtype of the keys and values that a dictionary's memory holds; "compute" is `model.compute_dtype`.
       questions: windows of questions put to a dictionary at each memory length.
+      lengths: for passkey, lengths of the prompts in tokens, ascending.
+      depths: for passkey, shares of the filler that come before the key, ascending.
+      trials: for passkey, prompts of each length and depth.
       plain_tokens: definitions that a plain transformer reads at the most, in tokens: its time grows with their square.
     """
 
@@ -588,11 +635,14 @@ class EvaluateConfig:
     surroundings: int = 8
     memory_dtype: str = "compute"
     questions: int = 16
+    lengths: tuple[int, ...] = (2048, 8192, 32768)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    trials: int = 8
     plain_tokens: int = 16384
 
     def __post_init__(self):
         _positive(self, "neighbours", "block", "windows", "batch_size", "query_windows", "inspected", "retrieved")
-        _positive(self, "questions", "plain_tokens", "list_size", "probes", "refresh")
+        _positive(self, "questions", "plain_tokens", "list_size", "probes", "refresh", "trials")
         _require(0 < self.recall_target < 1, f"recall_target={self.recall_target} must lie between 0 and 1")
         _one_of(self, "overflow", OVERFLOWS)
         _one_of(self, "memory_dtype", MEMORY_DTYPES)
@@ -612,6 +662,16 @@ class EvaluateConfig:
         _require(
             len(self.contexts) > 0 and min(self.contexts) > 0 and list(self.contexts) == sorted(set(self.contexts)),
             f"contexts={self.contexts} must be ascending numbers of contexts above 0",
+        )
+        _require(
+            len(self.lengths) > 0 and min(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)),
+            f"lengths={self.lengths} must be ascending lengths in tokens above 0",
+        )
+        _require(
+            len(self.depths) > 0
+            and list(self.depths) == sorted(set(self.depths))
+            and 0 <= self.depths[0] <= self.depths[-1] <= 1,
+            f"depths={self.depths} must be ascending shares from 0 to 1",
         )
 
 
@@ -662,6 +722,7 @@ class ExperimentConfig:
     crossbatch: CrossbatchConfig = CrossbatchConfig()
     data: DataConfig = DataConfig()
     dictionary: DictionaryConfig = DictionaryConfig()
+    passkey: PasskeyConfig = PasskeyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
@@ -701,6 +762,29 @@ class ExperimentConfig:
         )
         if "dictionary" in self.data.task:
             self._check_dictionary()
+        if "passkey" in self.data.task:
+            self._check_passkey(packs)
+
+    def _check_passkey(self, packs: int) -> None:
+        passkey, crossbatch = self.passkey, self.crossbatch
+        _require(
+            self.data.context * crossbatch.packing == passkey.document,
+            f"data.context={self.data.context} × crossbatch.packing={crossbatch.packing} must be passkey.document="
+            f"{passkey.document}: a pack is a document",
+        )
+        _require(
+            self.data.packing == "strided",
+            f"data.packing={self.data.packing} gives packs other documents than their own: set it to strided",
+        )
+        steps = crossbatch.d_steps if crossbatch.d_schedule == "steps" else ()
+        for step in sorted({0, *passkey.phase_steps, *steps}) if crossbatch.variant == "previous" else ():
+            seen = crossbatch.d[sum(step >= first for first in steps)] if steps else max(crossbatch.d)
+            each = passkey.documents_per_key[sum(step >= first for first in passkey.phase_steps)]
+            _require(
+                seen <= each and packs % each == 0,
+                f"passkey.documents_per_key={passkey.documents_per_key}: at step {step} it is {each}, which must be at "
+                f"least crossbatch.d, {seen}, and divide the {packs} documents of a microbatch",
+            )
 
     def _check_dictionary(self) -> None:
         dictionary, context = self.dictionary, self.data.context

@@ -13,13 +13,12 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from fot import checkpoint, cli, model, train
+from fot import checkpoint, cli, model, train, trained
 from fot import config as config_lib
 from fot.config import ExperimentConfig, ModelConfig
 from fot.convert import __main__ as command
 from fot.convert import export, hf_config, huggingface
 from fot.errors import ConversionError
-from fot.evaluate import trained
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "data"

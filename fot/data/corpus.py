@@ -5,13 +5,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, final
 
 import numpy as np
 
 from fot.config import GENERATED_TASKS, ExperimentConfig, SourceConfig
-from fot.data import cache, dictionary, encode, stored, tasks, tokenizer
+from fot.data import cache, dictionary, encode, passkey, stored, tasks, tokenizer
 from fot.data.stored import Stored
 from fot.errors import DataError
 
@@ -126,6 +126,17 @@ class Data(NamedTuple):
     corpus: Corpus
 
 
+def _dictionary(config: ExperimentConfig, split: str) -> Data:
+    return Data(dictionary.tokenizer(config.dictionary), Corpus((dictionary.endless(config, split),)))
+
+
+def _passkey(config: ExperimentConfig, split: str) -> Data:
+    return Data(passkey.tokenizer(config), Corpus((passkey.endless(config, split),)))
+
+
+GENERATED: dict[str, Callable[[ExperimentConfig, str], Data]] = {"dictionary": _dictionary, "passkey": _passkey}
+
+
 def load(config: ExperimentConfig, split: str) -> Data:
     """Returns the tokenizer of a run and the tokenized documents of one split ("train" or "held_out").
 
@@ -139,7 +150,7 @@ def load(config: ExperimentConfig, split: str) -> Data:
     """
     sources = config.data.sources
     if sources[0].task in GENERATED_TASKS:
-        return Data(dictionary.tokenizer(config.dictionary), Corpus((dictionary.endless(config, split),)))
+        return GENERATED[sources[0].task](config, split)
     encoder = tokenizer.load(config.data, config.model)
     named = zip(sources, source_names(sources), strict=True)
     return Data(encoder, Corpus(tuple(_load_part(config, source, name, split, encoder) for source, name in named)))

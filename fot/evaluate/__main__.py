@@ -12,12 +12,13 @@ from typing import NoReturn
 
 from fot import cli
 from fot.errors import UserError
-from fot.evaluate import dictionary, distraction, perplexity, retrieval
+from fot.evaluate import dictionary, distraction, passkey, perplexity, retrieval
 
 # Each module has `Flags`, `main(config, flags)` and `load(flags)`, as `fot.cli.run` takes them.
 EVALUATIONS: dict[str, ModuleType] = {
     "perplexity": perplexity,
     "dictionary": dictionary,
+    "passkey": passkey,
     "distraction": distraction,
     "retrieval": retrieval,
 }
