@@ -21,7 +21,6 @@ for the config. A field without a default is required; a final _ (`from_`) is no
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import os
 import pathlib
@@ -38,6 +37,7 @@ import ml_collections
 
 from fot import config as config_lib
 from fot.config import ExperimentConfig
+from fot.config.checks import nearest
 from fot.errors import ConfigError, UserError
 
 USER_ERROR, RETRY, INTERRUPTED = 2, 42, 130  # RETRY is that of `fot.termination`
@@ -131,7 +131,7 @@ def load_file(path: str) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         names = sorted(str(found) for found in pathlib.Path(path).parent.glob("*.py"))
-        raise ConfigError(f"config file {path!r} does not exist{_nearest(path, names)}")
+        raise ConfigError(f"config file {path!r} does not exist{nearest(path, names)}")
     try:
         scope = runpy.run_path(path)
         if "get_config" not in scope:
@@ -198,7 +198,7 @@ def _check_name(name: str, kinds: dict[str, Any]) -> None:
     if name.startswith("config."):
         raise ConfigError(config_lib.unknown_field(name.removeprefix("config.")))
     own = [f"--{known}" for known in kinds if "." not in known] + ["--help"]
-    raise UserError(f"unknown flag --{name}{_nearest(f'--{name}', own) or '; --help lists all flags'}")
+    raise UserError(f"unknown flag --{name}{nearest(f'--{name}', own) or '; --help lists all flags'}")
 
 
 def _flag_kinds(flags: type) -> dict[str, Any]:
@@ -332,11 +332,6 @@ def _descriptions(cls: type) -> dict[str, str]:
         if name in descriptions:
             descriptions[name] = " ".join(text.split())
     return descriptions
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _line_in(path: str, error: Exception) -> str:
