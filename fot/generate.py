@@ -22,7 +22,7 @@ from fot import cli, incremental, loading, memory_file, session
 from fot import config as config_lib
 from fot import trained as trained_model
 from fot.config import ExperimentConfig
-from fot.data import tokenizer as tokenizers
+from fot.data import corpus as corpora
 from fot.data.text_stream import texts
 from fot.errors import UserError
 from fot.layers import Params
@@ -172,7 +172,7 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
             f"{flags.workdir} holds a run of data.task={','.join(generated)}, which has no text to go on with"
         )
     text = _read(flags.context) + flags.prompt
-    tokenizer = tokenizers.load(config.data, config.model)
+    tokenizer = corpora.load_tokenizer(config)
     trained = trained_model.load(flags.workdir, config)
     memory = None
     if flags.memory:

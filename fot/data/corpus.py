@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, final
 
 import numpy as np
 
-from fot.config import GENERATED_TASKS, ExperimentConfig, SourceConfig
+from fot.config import ExperimentConfig, SourceConfig
 from fot.data import cache, dictionary, encode, passkey, stored, tasks, tokenizer
 from fot.data.stored import Stored
 from fot.errors import DataError
@@ -126,15 +126,23 @@ class Data(NamedTuple):
     corpus: Corpus
 
 
-def _dictionary(config: ExperimentConfig, split: str) -> Data:
-    return Data(dictionary.tokenizer(config.dictionary), Corpus((dictionary.endless(config, split),)))
+class Generated(NamedTuple):
+    """Documents that are made as they are read, and their own vocabulary."""
+
+    tokenizer: Callable[[ExperimentConfig], tokenizer.Tokenizer]
+    endless: Callable[[ExperimentConfig, str], Part]
 
 
-def _passkey(config: ExperimentConfig, split: str) -> Data:
-    return Data(passkey.tokenizer(config), Corpus((passkey.endless(config, split),)))
+GENERATED = {
+    "dictionary": Generated(lambda config: dictionary.tokenizer(config.dictionary), dictionary.endless),
+    "passkey": Generated(passkey.tokenizer, passkey.endless),
+}
 
 
-GENERATED: dict[str, Callable[[ExperimentConfig, str], Data]] = {"dictionary": _dictionary, "passkey": _passkey}
+def load_tokenizer(config: ExperimentConfig) -> tokenizer.Tokenizer:
+    """Returns the tokenizer of a run, of whatever task; see `tokenizer.load`."""
+    made = GENERATED.get(config.data.sources[0].task)
+    return tokenizer.load(config.data, config.model) if made is None else made.tokenizer(config)
 
 
 def load(config: ExperimentConfig, split: str) -> Data:
@@ -148,10 +156,9 @@ def load(config: ExperimentConfig, split: str) -> Data:
         tokens, or a file of the cache is damaged.
       UserError: the cache can't be written.
     """
-    sources = config.data.sources
-    if sources[0].task in GENERATED_TASKS:
-        return GENERATED[sources[0].task](config, split)
-    encoder = tokenizer.load(config.data, config.model)
+    sources, encoder = config.data.sources, load_tokenizer(config)
+    if sources[0].task in GENERATED:
+        return Data(encoder, Corpus((GENERATED[sources[0].task].endless(config, split),)))
     named = zip(sources, source_names(sources), strict=True)
     return Data(encoder, Corpus(tuple(_load_part(config, source, name, split, encoder) for source, name in named)))
 

@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 from fot import config as config_lib
 from fot import generate, model, session
 from fot import trained as trained_model
-from fot.config import GENERATED_TASKS, EvaluateConfig, ExperimentConfig
+from fot.config import EvaluateConfig, ExperimentConfig
+from fot.data import corpus as corpora
 from fot.data import passkey
-from fot.data import tokenizer as tokenizers
 from fot.data.passkey import Prompt
 from fot.data.tokenizer import Tokenizer
 from fot.errors import UserError
@@ -141,7 +141,7 @@ def load(flags: Flags) -> ExperimentConfig:
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     config = dataclasses.replace(config, evaluate=_settings(config.evaluate, flags))
-    tokenizer = _tokenizer(config, flags.workdir)
+    tokenizer = corpora.load_tokenizer(config)
     passkey.check_length(tokenizer, config.passkey.digits, config.evaluate.lengths[0])
     output = pathlib.Path(flags.output or flags.workdir)
     trained = trained_model.load(flags.workdir, config)
@@ -174,14 +174,3 @@ def _depths(words: str) -> tuple[float, ...]:
     if not all(0 <= depth <= 1 for depth in depths):
         raise UserError(f"--depths={words}: depths are numbers from 0 to 1, such as 0,0.5,1")
     return depths
-
-
-def _tokenizer(config: ExperimentConfig, workdir: str) -> Tokenizer:
-    if "passkey" in config.data.task:
-        return passkey.tokenizer(config)
-    if set(GENERATED_TASKS).intersection(config.data.task):
-        raise UserError(
-            f"{workdir} holds a run of data.task={','.join(config.data.task)}, whose vocabulary has no words: this "
-            "evaluation needs a model of text, or one of data.task=passkey, such as configs/passkey_tiny.py"
-        )
-    return tokenizers.load(config.data, config.model)
