@@ -11,7 +11,7 @@ import pytest
 
 from fot import config as config_lib
 from fot import layers, model, sharding
-from fot.attention import Tokens
+from fot.attention import Partial, Tokens
 from fot.crossbatch import Table
 from fot.data import corpus as corpora
 from fot.errors import ConfigError, DataError, UserError
@@ -216,8 +216,8 @@ def test_the_share_is_what_the_layer_took_from_elsewhere(name):
     lse_local, lse_elsewhere = (jax.random.normal(each, (2, 3, 4)) for each in key)
     lse_elsewhere = lse_elsewhere.at[0, 0].set(-jnp.inf)
     ones = jnp.ones((2, 3, 4, 8))
-    local = model.Partial(0 * ones, lse_local)
-    remote = [model.Partial(jnp.where(lse_elsewhere[..., None] == -jnp.inf, 0.0, ones), lse_elsewhere)]
+    local = Partial(0 * ones, lse_local)
+    remote = [Partial(jnp.where(lse_elsewhere[..., None] == -jnp.inf, 0.0, ones), lse_elsewhere)]
     share = block.attention.share(local, remote)
     np.testing.assert_allclose(share, block.attention.combine(local, remote)[..., 0], rtol=1e-6)
     assert (share[0, 0] == 0).all() and (share[0, 1] > 0).all()
