@@ -39,6 +39,9 @@ def prompt_logits(
 ) -> list[np.ndarray]:
     """Returns float32 logits [tokens, V] at all tokens of each prompt, as generation sees them.
 
+    Prompts may hold `session.PADDING`, which counts when they are cut into windows and for nothing else. So they are
+    cut as the released code and the PyTorch model cut the rows of a padded batch.
+
     Args:
       params: of `incremental.prepare`.
       config: as for `stream`.

@@ -28,6 +28,7 @@ from fot.loading import Loading, Show
 from fot.memory import Memory
 from fot.readers.reader import Reader, of_config
 
+PADDING = -1  # in a text: no token, but a place when the text is cut into windows, as in padded batches for PyTorch
 _LEAST = 16  # tokens of the smallest piece that is not a single token; others are powers of two, to compile rarely
 _HEADS = sharding.MESH_AXES["kv_heads"]
 
@@ -155,7 +156,7 @@ def read(
       params: of `incremental.prepare`.
       setup: the session.
       state: what was read before; it is given up.
-      texts: token ids of each row, of any length; none is for a row that is left alone.
+      texts: token ids of each row, of any length, and `PADDING`; none is for a row that is left alone.
       show: is told how many windows are in memory, and tokens/s, see `fot.loading.load`.
 
     Returns:
@@ -177,7 +178,17 @@ def read(
 def _pieces(setup: Setup, text: np.ndarray, prefix: int) -> list[np.ndarray]:
     """Returns the pieces in which a text is read after a cache; the last one always, if only it."""
     first = [text[begin : min(begin + setup.window, prefix)] for begin in range(0, prefix, setup.window)]
-    return [*first, text[max(len(text) - setup.last_context_length, 0) :]]
+    return [_tokens(piece) for piece in (*first, text[max(len(text) - setup.last_context_length, 0) :])]
+
+
+def _tokens(text: np.ndarray) -> np.ndarray:
+    """Returns a text without its padding."""
+    return text[text != PADDING]
+
+
+def _token_counts(texts: Sequence[np.ndarray], length_B: np.ndarray) -> np.ndarray:
+    """Returns how many of the first `length_B` places of each text are tokens."""
+    return np.array([len(_tokens(text[:length])) for text, length in zip(texts, length_B, strict=True)])
 
 
 def advance(params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]]) -> tuple[State, jax.Array]:
@@ -244,19 +255,19 @@ def _load(
     memory = loading.load(params, setup.model, state.memory, windows, how, setup.mesh, show)
     with jax.set_mesh(setup.mesh):
         memory = loading.store_of(setup.reader, setup.mesh).build(memory)
-    return state._replace(memory=memory, written=state.written + prefix_B)
+    return state._replace(memory=memory, written=state.written + _token_counts(texts, prefix_B))
 
 
 def windows_of(texts: Sequence[np.ndarray], length_B: np.ndarray, window: int) -> Iterator[Batch]:
     """Yields the windows of the first `length_B` tokens of each text; a row's last one may be shorter."""
     place_T = np.arange(window, dtype=np.int32)
     for first in range(0, int(length_B.max()), window):
-        tokens = np.zeros((len(texts), window), np.int32)
+        tokens = np.full((len(texts), window), PADDING, np.int32)
         for row, text, length in zip(tokens, texts, length_B, strict=True):
             part = text[first : max(min(first + window, length), first)]
             row[: len(part)] = part
-        documents = np.where(first + place_T < length_B[:, None], 0, -1).astype(np.int32)
-        yield Batch(tokens, None, None, documents, np.broadcast_to(first + place_T, tokens.shape))
+        documents = np.where(tokens != PADDING, 0, -1).astype(np.int32)
+        yield Batch(np.maximum(tokens, 0), None, None, documents, np.broadcast_to(first + place_T, tokens.shape))
 
 
 def all_logits(
@@ -265,7 +276,7 @@ def all_logits(
     """Reads texts that begin, as `read` does, through the whole model.
 
     Returns:
-      The state, and float32 logits [tokens, V] at all tokens of each text.
+      The state, and float32 logits [tokens, V] at all tokens of each text, those that are `PADDING` left out.
     """
     programs = _programs(setup.model, setup.reader, setup.mesh)
     length_B = np.array([len(text) for text in texts])
@@ -274,21 +285,21 @@ def all_logits(
     store = loading.store_of(setup.reader, setup.mesh)
     parts: list[list[np.ndarray]] = [[] for _ in texts]
 
-    def keep(logits_BTV: jax.Array, count_B: np.ndarray) -> None:
-        for part, logits_TV, count in zip(parts, np.asarray(logits_BTV), count_B, strict=True):
-            part.append(logits_TV[:count])
+    def keep(logits_BTV: jax.Array, real_BT: np.ndarray) -> None:
+        for part, logits_TV, real_T in zip(parts, np.asarray(logits_BTV), real_BT, strict=True):
+            part.append(logits_TV[real_T])
 
     for batch in windows_of(texts, prefix_B, setup.window) if prefix_B.any() else ():
         with jax.set_mesh(setup.mesh):
             placed = jax.device_put(batch.documents, sharding.batch_sharding(setup.mesh))
             logits, entries = programs.window(params, batch.tokens, placed, state.memory)
-            keep(logits, (batch.documents >= 0).sum(1))
+            keep(logits, batch.documents >= 0)
             if setup.model.memory_layers:
                 state = state._replace(memory=store.refresh(store.write(state.memory, *entries, placed)))
-    state = state._replace(written=state.written + (prefix_B if setup.model.memory_layers else 0))
-    last = [text[prefix:] for text, prefix in zip(texts, prefix_B, strict=True)]
+    state = state._replace(written=state.written + (_token_counts(texts, prefix_B) if setup.model.memory_layers else 0))
+    last = [_tokens(text[prefix:]) for text, prefix in zip(texts, prefix_B, strict=True)]
     state, logits = _step(params, setup, state, last, programs.each)
-    keep(logits, length_B - prefix_B)
+    keep(logits, np.arange(logits.shape[1]) < np.array([len(row) for row in last])[:, None])
     return state, [np.concatenate(part) for part in parts]
 
 
