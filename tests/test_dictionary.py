@@ -19,6 +19,8 @@ from fot.config import (
     TrainConfig,
 )
 from fot.data import corpus, dictionary, loader, mixture, rows, tasks
+from fot.data import endless as endless_documents
+from fot.data.endless import Endless
 from fot.errors import ConfigError, DataError
 
 SETTINGS = {
@@ -43,13 +45,13 @@ def experiment(packs=4, seed=0, **settings) -> ExperimentConfig:
     )
 
 
-def part(split="train", **settings) -> dictionary.Endless:
+def part(split="train", **settings) -> Endless:
     [only] = corpus.load(experiment(**settings), split).corpus.parts
     return only
 
 
 def document(endless, number) -> np.ndarray:
-    return endless.read(number, 0, endless.length(number)).reshape(-1, endless.config.window)
+    return endless.read(number, 0, endless.length(number)).reshape(-1, endless.recipe.config.window)
 
 
 def records(windows, config, mark) -> list[tuple[tuple, tuple]]:
@@ -72,7 +74,7 @@ def records(windows, config, mark) -> list[tuple[tuple, tuple]]:
 @pytest.mark.parametrize("split", tasks.SPLITS)
 def test_every_question_has_one_definition_in_the_windows_before(settings, split):
     endless = part(split, **settings)
-    config = endless.config
+    config = endless.recipe.config
     room = config.window_records * (config.document // config.window - 1)
     count = config.records[0] or room
     for number in range(8):
@@ -91,7 +93,7 @@ def test_every_question_has_one_definition_in_the_windows_before(settings, split
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_weights_are_on_values_that_were_asked_for_alone(settings):
     endless = part(**settings)
-    config, length = endless.config, endless.config.document
+    config, length = endless.recipe.config, endless.recipe.config.document
     for number in range(3):
         tokens, weights = endless.read(number, 0, length), endless.weights(number, 0, length)
         targets = tokens[1:][weights[:-1] > 0].reshape(-1, config.value_tokens)
@@ -107,7 +109,7 @@ def test_weights_are_on_values_that_were_asked_for_alone(settings):
 def test_a_document_is_a_function_of_its_seed_split_and_number(settings):
     endless = part(**settings)
     expected = [document(endless, number) for number in range(6)]
-    dictionary._document.cache_clear()
+    endless_documents.made.cache_clear()
     again = part(**settings)
     assert again.key == endless.key
     for number in reversed(range(6)):
@@ -184,7 +186,7 @@ def test_records_grow_by_steps_and_held_out_documents_are_the_last_phase():
         counts.append(found)
     assert counts == [{2}] * 3 + [{6}] * 2 + [{25}] * 2
     held_out = part("held_out", packs=4, **settings)
-    assert len(set(records(document(held_out, 0)[:1], held_out.config, dictionary.KEY))) == 25
+    assert len(set(records(document(held_out, 0)[:1], held_out.recipe.config, dictionary.KEY))) == 25
 
 
 def test_confusable_keys_differ_in_one_token_from_those_of_each_neighbour():
@@ -192,13 +194,15 @@ def test_confusable_keys_differ_in_one_token_from_those_of_each_neighbour():
     endless = part(confusable=share, confusable_documents=neighbours, symbols=40)
 
     def keys(number):
-        return np.array([key for key, _ in records(document(endless, number)[:1], endless.config, dictionary.KEY)])
+        return np.array(
+            [key for key, _ in records(document(endless, number)[:1], endless.recipe.config, dictionary.KEY)]
+        )
 
     def near(left, right):
         """For each key of `left`, whether one of `right` has all but one token in common; never all of them."""
         same = (keys(left)[:, None] == keys(right)[None]).sum(-1)
-        assert same.max() < endless.config.key_tokens
-        return (same == endless.config.key_tokens - 1).any(1).sum()
+        assert same.max() < endless.recipe.config.key_tokens
+        return (same == endless.recipe.config.key_tokens - 1).any(1).sum()
 
     wanted = round(share * 25)
     for number in range(3 * neighbours, 4 * neighbours):

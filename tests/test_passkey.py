@@ -20,6 +20,8 @@ from fot.config import (
     TrainConfig,
 )
 from fot.data import corpus, loader, mixture, passkey, rows, tasks, tokenizer
+from fot.data import endless as endless_documents
+from fot.data.endless import Endless
 from fot.errors import ConfigError, DataError
 
 SETTINGS = {
@@ -39,7 +41,7 @@ def experiment(packs=4, seed=0, **settings) -> ExperimentConfig:
     )
 
 
-def part(split="train", **settings) -> passkey.Endless:
+def part(split="train", **settings) -> Endless:
     [only] = corpus.load(experiment(**settings), split).corpus.parts
     return only
 
@@ -143,9 +145,9 @@ def test_an_answer_is_compared_as_digits(answer, right):
 @pytest.mark.parametrize("split", tasks.SPLITS)
 def test_a_document_hides_a_key_and_asks_for_it_in_its_last_row(settings, split):
     endless = part(split, **settings)
-    config, ends, lengths = endless.config, set(), set()
+    config, ends, lengths = endless.recipe.config, set(), set()
     for number in range(40):
-        phase = sum(number >= first for first in endless.firsts) - 1
+        phase = sum(number >= first for first in endless.recipe.firsts) - 1
         tokens, weights = document(endless, number), endless.weights(number, 0, config.document)
         [begin], [end] = (np.flatnonzero(tokens == mark) for mark in (passkey.BOS, passkey.EOS))
         assert (tokens[:begin] == passkey.PAD).all() and (tokens[end + 1 :] == passkey.PAD).all()
@@ -159,7 +161,7 @@ def test_a_document_hides_a_key_and_asks_for_it_in_its_last_row(settings, split)
         counted = np.flatnonzero(weights)
         assert WORDS.decode(tokens[counted + 1]) == f" {answer}." and set(weights) == {0, 1}
         np.testing.assert_array_equal(counted, np.arange(end - config.digits - 3, end - 1))
-        assert end - len(WORDS.encode(passkey.QUESTION)) - len(counted) >= config.document - endless.context
+        assert end - len(WORDS.encode(passkey.QUESTION)) - len(counted) >= config.document - endless.recipe.context
         ends.add(int(end))
         lengths.add(int(end - begin))
     assert len(ends) > 5 and (len(lengths) > 5 or settings)
@@ -172,7 +174,7 @@ def test_a_document_hides_a_key_and_asks_for_it_in_its_last_row(settings, split)
 def test_a_document_is_a_function_of_its_seed_split_and_number(settings):
     endless = part(**settings)
     expected = [document(endless, number) for number in range(12)]
-    passkey._document.cache_clear()
+    endless_documents.made.cache_clear()
     again = part(**settings)
     assert again.key == endless.key
     for number in reversed(range(12)):
@@ -197,7 +199,7 @@ def test_texts_grow_and_keys_become_rare_by_steps():
     assert max(longest[:6]) <= 100 < max(longest[6:9]) <= 150 < max(longest[9:])
     assert keyed == [list(range(8))] * 9 + [[0, 4]] * 3
     held_out = part("held_out", packs=8, **settings)
-    assert (held_out.config.tokens, held_out.config.documents_per_key) == ((192,), (4,))
+    assert (held_out.recipe.config.tokens, held_out.recipe.config.documents_per_key) == ((192,), (4,))
 
 
 def test_each_host_reads_its_own_packs_alike(monkeypatch):

@@ -5,22 +5,19 @@ like one that is stored. Its keys are all different; so are those of a dictionar
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fot.config import DICTIONARY_MARKS, DictionaryConfig, ExperimentConfig
-from fot.data import cache, permutation, tasks
+from fot.data import permutation, tasks
+from fot.data.endless import Endless, Made
 from fot.data.tokenizer import Tokenizer
 from fot.errors import DataError
 
-FORMAT = "1"  # of the documents of a seed
 PAD, KEY, VALUE, QUERY = range(DICTIONARY_MARKS)
 MARK_NAMES = ("<pad>", "<k>", "<v>", "<q>")
-DOCUMENTS = 2**31 - 1  # of a split: as many as int32 can number
-KEPT = 4096  # documents that are not made anew for each of their rows
 
 # What random numbers are for comes first in their seed, so that none are drawn twice.
 _DOCUMENT, _NEIGHBOURS, _WINDOW, _QUESTIONS = range(4)
@@ -42,63 +39,36 @@ class Records(NamedTuple):
         return Records(self.keys[index], self.values[index])
 
 
-class Endless(NamedTuple):
-    """The documents of a split, made as they are read; a `fot.data.corpus.Part`.
+class Recipe(NamedTuple):
+    """How the documents of a split are made, see `fot.data.endless`.
 
     Attributes:
-      source: name of the source.
       config: of the documents.
       seed: of the documents.
       split: number of the split.
       phases: the number of the first document of each phase of `config.records` but the first.
     """
 
-    source: str
     config: DictionaryConfig
     seed: int
     split: int
     phases: tuple[int, ...]
 
-    @property
-    def key(self) -> str:
-        """The same for the same documents."""
-        return cache.key([FORMAT, repr(self)])
-
-    @property
-    def documents(self) -> int:
-        """How many there are."""
-        return DOCUMENTS
-
-    @property
-    def token_count(self) -> int:
-        """Tokens of all documents together."""
-        return DOCUMENTS * self.config.document
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
-        return np.broadcast_to(np.int64(self.config.document), DOCUMENTS)
-
-    def order(self, index: int, *key: int) -> int:
-        """Returns the number of the index-th document: the index itself, as the curriculum goes by it."""
-        return index
-
-    def name(self, number: int) -> str:
-        """Returns the name of a document."""
-        return str(number)
-
-    def length(self, number: int) -> int:
-        """Returns the tokens of a document."""
-        return self.config.document
-
-    def read(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens `start` to `stop` of a document, int32 [stop - start]."""
-        return _document(self, number)[start:stop]
-
-    def weights(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Returns 1 where the next token belongs to a value that was asked for, float32."""
-        counted = np.append(answers(_document(self, number), self.config)[1:], False)
-        return counted[start:stop].astype(np.float32)
+    def make(self, number: int) -> Made:
+        """Returns a document of `config.document` tokens."""
+        config = self.config
+        random = np.random.default_rng((_DOCUMENT, self.seed, self.split, number))
+        asked = config.window_records
+        room = asked * (config.document // config.window - 1)
+        phase = sum(number >= first for first in self.phases)
+        count = config.records[phase] or room
+        records = _with_values(_keys(self, number, count, random), config, random)
+        defined, queried = FILLS[config.fill](count, room, random), FILLS[config.fill](count, asked, random)
+        tokens = np.zeros((config.document // config.window, config.window), np.int32)
+        defining = definitions(records.take(defined), config)
+        tokens[: len(defining)] = defining
+        tokens[-1:] = questions(records.take(queried), config)
+        return Made(tokens.ravel(), answers(tokens.ravel(), config))
 
 
 class Dictionary(NamedTuple):
@@ -149,7 +119,8 @@ def endless(config: ExperimentConfig, split: str) -> Endless:
     if split == "held_out":
         last = dictionary.records[-1:]
         dictionary, phases = dataclasses.replace(dictionary, records=last, records_steps=(), confusable=0.0), ()
-    return Endless("dictionary", dictionary, config.data.seed, tasks.SPLITS.index(split), phases)
+    recipe = Recipe(dictionary, config.data.seed, tasks.SPLITS.index(split), phases)
+    return Endless("dictionary", dictionary.document, recipe)
 
 
 def tokenizer(config: DictionaryConfig) -> Tokenizer:
@@ -192,24 +163,6 @@ def answers(tokens: np.ndarray, config: DictionaryConfig) -> np.ndarray:
     return counted.reshape(tokens.shape)
 
 
-@functools.lru_cache(KEPT)
-def _document(part: Endless, number: int) -> np.ndarray:
-    """Returns the tokens of a document, int32 [config.document]."""
-    config = part.config
-    random = np.random.default_rng((_DOCUMENT, part.seed, part.split, number))
-    asked = config.window_records
-    room = asked * (config.document // config.window - 1)
-    phase = sum(number >= first for first in part.phases)
-    count = config.records[phase] or room
-    records = _with_values(_keys(part, number, count, random), config, random)
-    defined, queried = FILLS[config.fill](count, room, random), FILLS[config.fill](count, asked, random)
-    tokens = np.zeros((config.document // config.window, config.window), np.int32)
-    defining = definitions(records.take(defined), config)
-    tokens[: len(defining)] = defining
-    tokens[-1:] = questions(records.take(queried), config)
-    return tokens.ravel()
-
-
 def _repeated(count: int, places: int, random: np.random.Generator) -> np.ndarray:
     """Returns which of `count` records is in each place: all of them, in a random order, then all in another."""
     rounds = [random.permutation(count) for _ in range(-(-places // count))]
@@ -224,10 +177,10 @@ def _once(count: int, places: int, random: np.random.Generator) -> np.ndarray:
 FILLS = {"repeat": _repeated, "pad": _once}
 
 
-def _keys(part: Endless, number: int, count: int, random: np.random.Generator) -> np.ndarray:
+def _keys(recipe: Recipe, number: int, count: int, random: np.random.Generator) -> np.ndarray:
     """Returns the keys of a document as numbers, all different, in random order."""
-    config = part.config
-    confusable = _confusable(part, number, round(config.confusable * count))
+    config = recipe.config
+    confusable = _confusable(recipe, number, round(config.confusable * count))
     # Of `count` different keys, those that are confusable ones too are at most as many as these.
     others = random.choice(config.symbols**config.key_tokens, count, replace=False)
     together = np.concatenate([confusable, others])
@@ -235,15 +188,15 @@ def _keys(part: Endless, number: int, count: int, random: np.random.Generator) -
     return random.permutation(together[np.sort(first)][:count])
 
 
-def _confusable(part: Endless, number: int, count: int) -> np.ndarray:
+def _confusable(recipe: Recipe, number: int, count: int) -> np.ndarray:
     """Returns keys as numbers; the i-th differs from the i-th of each neighbouring document in one token, at a place of
     its own, which all of them have different.
     """
-    config = part.config
+    config = recipe.config
     if count == 0:
         return np.zeros(0, np.int64)
     group, place = divmod(number, config.confusable_documents)
-    random = np.random.default_rng((_NEIGHBOURS, part.seed, part.split, group))
+    random = np.random.default_rng((_NEIGHBOURS, recipe.seed, recipe.split, group))
     keys = _symbols(random.integers(config.symbols**config.key_tokens, size=count), config.key_tokens, config)
     where = random.integers(config.key_tokens, size=count)
     orders = random.permuted(np.tile(np.arange(config.symbols), (count, 1)), axis=1)

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fot.config import ExperimentConfig, PasskeyConfig
-from fot.data import cache, tasks
+from fot.data import tasks
+from fot.data.endless import Endless, Made
 from fot.data.tokenizer import Tokenizer
 from fot.errors import ConfigError, DataError
 
-FORMAT = "1"  # of the documents of a seed
-DOCUMENTS = 2**31 - 1  # of a split: as many as int32 can number
-KEPT = 4096  # documents that are not made anew for each of their rows
+FORMAT = "1"  # of the vocabulary
 
 # The words of Mohtashami and Jaggi ("Landmark Attention", 2023), which the paper takes over.
 TASK = (
@@ -114,23 +113,10 @@ def answered(answer: str, key: str) -> bool:
     return found is not None and found[1] == key
 
 
-class Made(NamedTuple):
-    """A document.
+class Recipe(NamedTuple):
+    """How the documents of a split are made, see `fot.data.endless`.
 
     Attributes:
-      tokens: int32 [config.document].
-      counted: bool, whether a token is part of the answer.
-    """
-
-    tokens: np.ndarray
-    counted: np.ndarray
-
-
-class Endless(NamedTuple):
-    """The documents of a split, made as they are read; a `fot.data.corpus.Part`.
-
-    Attributes:
-      source: name of the source.
       config: of the documents.
       context: tokens of a row; question and answer are in the last row of a document.
       seed: of the documents.
@@ -138,53 +124,34 @@ class Endless(NamedTuple):
       firsts: the number of the first document of each phase of the curriculum.
     """
 
-    source: str
     config: PasskeyConfig
     context: int
     seed: int
     split: int
     firsts: tuple[int, ...]
 
-    @property
-    def key(self) -> str:
-        """The same for the same documents."""
-        return cache.key([FORMAT, repr(self)])
+    def make(self, number: int) -> Made:
+        """Returns a document: <bos> text <eos>, with <pad> around it so that question and answer are in the last row.
 
-    @property
-    def documents(self) -> int:
-        """How many there are."""
-        return DOCUMENTS
-
-    @property
-    def token_count(self) -> int:
-        """Tokens of all documents together."""
-        return DOCUMENTS * self.config.document
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
-        return np.broadcast_to(np.int64(self.config.document), DOCUMENTS)
-
-    def order(self, index: int, *key: int) -> int:
-        """Returns the number of the index-th document: the index itself, as the curriculum goes by it."""
-        return index
-
-    def name(self, number: int) -> str:
-        """Returns the name of a document."""
-        return str(number)
-
-    def length(self, number: int) -> int:
-        """Returns the tokens of a document."""
-        return self.config.document
-
-    def read(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens `start` to `stop` of a document, int32 [stop - start]."""
-        return _document(self, number).tokens[start:stop]
-
-    def weights(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Returns 1 where the next token belongs to the answer, float32."""
-        counted = np.append(_document(self, number).counted[1:], False)
-        return counted[start:stop].astype(np.float32)
+        Where they are there, and how long the text is, is random, as is the place of the key. A document without a
+        key is filler and nothing to answer.
+        """
+        config = self.config
+        random = np.random.default_rng((_DOCUMENT, self.seed, self.split, number))
+        phase = sum(number >= first for first in self.firsts) - 1
+        sentences = int(random.integers(_room(config, config.tokens[phase]) + 1))
+        key, before = _key(config.digits, random), int(random.integers(sentences + 1))
+        words, answer = text(key, sentences, before), _encode(ANSWER.format(key=key))
+        if number % config.documents_per_key[phase]:
+            words, answer = f"{TASK}\n{_filler(_room(config, config.tokens[phase]))}", answer[:0]
+        inside = np.concatenate([[BOS], _encode(words), answer, [EOS]])
+        left = config.document - len(inside)
+        after = int(random.integers(min(left, self.context - _tail(config.digits)) + 1))
+        tokens, counted = np.full(config.document, PAD, np.int32), np.zeros(config.document, bool)
+        tokens[left - after : config.document - after] = inside
+        end = config.document - after - 1
+        counted[end - len(answer) : end] = True
+        return Made(tokens, counted)
 
 
 def endless(config: ExperimentConfig, split: str) -> Endless:
@@ -205,7 +172,8 @@ def endless(config: ExperimentConfig, split: str) -> Endless:
             raise ConfigError(f"passkey.tokens={passkey.tokens}: a text has {least} tokens without filler, raise it")
     if question > config.data.context:
         raise ConfigError(f"data.context={config.data.context} can't hold the question and its answer: raise it")
-    return Endless("passkey", passkey, config.data.context, config.data.seed, tasks.SPLITS.index(split), firsts)
+    recipe = Recipe(passkey, config.data.context, config.data.seed, tasks.SPLITS.index(split), firsts)
+    return Endless("passkey", passkey.document, recipe)
 
 
 def tokenizer(config: ExperimentConfig) -> Tokenizer:
@@ -267,28 +235,3 @@ def _room(config: PasskeyConfig, tokens: int) -> int:
     each = max(len(_encode(" " + sentence)) for sentence in FILLER)
     spare = 2  # two fillers have two line ends
     return max(tokens - len(_encode(text(key, 0, 0) + ANSWER.format(key=key))) - 2 - spare, 0) // each
-
-
-@functools.lru_cache(KEPT)
-def _document(part: Endless, number: int) -> Made:
-    """Returns a document: <bos> text <eos>, with <pad> around it so that question and answer are in the last row.
-
-    Where they are there, and how long the text is, is random, as is the place of the key. A document without a key is
-    filler and nothing to answer.
-    """
-    config = part.config
-    random = np.random.default_rng((_DOCUMENT, part.seed, part.split, number))
-    phase = sum(number >= first for first in part.firsts) - 1
-    sentences = int(random.integers(_room(config, config.tokens[phase]) + 1))
-    key, before = _key(config.digits, random), int(random.integers(sentences + 1))
-    words, answer = text(key, sentences, before), _encode(ANSWER.format(key=key))
-    if number % config.documents_per_key[phase]:
-        words, answer = f"{TASK}\n{_filler(_room(config, config.tokens[phase]))}", answer[:0]
-    inside = np.concatenate([[BOS], _encode(words), answer, [EOS]])
-    left = config.document - len(inside)
-    after = int(random.integers(min(left, part.context - _tail(config.digits)) + 1))
-    tokens, counted = np.full(config.document, PAD, np.int32), np.zeros(config.document, bool)
-    tokens[left - after : config.document - after] = inside
-    end = config.document - after - 1
-    counted[end - len(answer) : end] = True
-    return Made(tokens, counted)
