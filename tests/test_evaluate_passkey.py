@@ -169,7 +169,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
         ([workdir, "--depths=a"], "--depths=a: depths are numbers from 0 to 1"),
         ([workdir, "--trials=-1"], "--trials=-1 must be 1 or more"),
         ([f"--workdir={tmp_path / 'none'}"], "none"),
-        ([f"--workdir={save(tmp_path / 'other', other)}"], "holds a run of data.task=dictionary"),
+        ([f"--workdir={save(tmp_path / 'other', other)}"], "is no token of the dictionary task"),
     ]:
         assert exit_code("passkey", *words) == 2
         error = capsys.readouterr().err

@@ -22,7 +22,7 @@ import tqdm
 from jax.sharding import Mesh
 
 from fot import config as config_lib
-from fot import generate, model, session
+from fot import generate, incremental, model
 from fot import trained as trained_model
 from fot.config import EvaluateConfig, ExperimentConfig
 from fot.data import corpus as corpora
@@ -62,7 +62,7 @@ def evaluate(
     tokens = config.passkey.digits + _MORE_TOKENS
     greedy = dataclasses.replace(config.generate, temperature=0.0, max_new_tokens=tokens)
     config = dataclasses.replace(config, generate=greedy)
-    weights = session.weights(params, config.model, mesh)
+    weights = incremental.prepare(params, config.model, mesh)
 
     def follow(prompts: Sequence[np.ndarray], show: Show) -> list[np.ndarray]:
         return generate.generate(weights, config, prompts, mesh, stop=[tokenizer.eos], show=show)
