@@ -23,10 +23,12 @@ from fot.config.inference import MEMORY_DTYPES, MEMORY_MODES, OVERFLOWS, READER_
 from fot.config.model import DTYPES, MEMORY_POSITIONS, MLPS, REMATS, ROPE_SCALINGS, ModelConfig, RopeScalingConfig
 from fot.config.training import LR_SCHEDULES, OPTIMIZERS, MeshConfig, OptimizerConfig, TrainConfig
 from fot.config.values import differences, fields, from_dict, to_dict, unknown_field
+from fot.errors import ConfigError
 
 __all__ = [
     "BAD_DOCUMENTS",
     "CROSSBATCH_VARIANTS",
+    "ConfigError",
     "CrossbatchConfig",
     "DICTIONARY_FILLS",
     "DICTIONARY_MARKS",
