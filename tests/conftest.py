@@ -7,6 +7,7 @@ import gc
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 # Tests compile much and run little: compile without optimising, and what several tests or their processes need once.
@@ -99,3 +100,16 @@ def workdirs(tmp_path_factory) -> pathlib.Path:
         with Checkpointer(folder / name / "checkpoints", run.train) as checkpoints:
             checkpoints.save(7, {"params": params}, {}, run)
     return folder
+
+
+@pytest.fixture(scope="module")
+def remote_code(tmp_path_factory):
+    """Code that ships with checkpoints is imported from a folder of the test file's own, and forgotten after it."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]

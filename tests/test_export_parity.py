@@ -77,7 +77,7 @@ def folders(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def torch_models(folders):
+def torch_models(folders, remote_code):
     import torch
     from transformers import AutoModelForCausalLM
 

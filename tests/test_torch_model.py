@@ -467,8 +467,7 @@ def test_wrong_arguments_are_named():
 # Files
 
 
-def test_saved_with_its_code_it_loads_as_remote_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_saved_with_its_code_it_loads_as_remote_code(tmp_path, remote_code):
     model, ids = small(rope_parameters={**LLAMA3, "rope_theta": 1e6}, tie_word_embeddings=True), tokens(2, 40)
     model.config.auto_map = {
         "AutoConfig": "configuration_longllama.LongLlamaConfig",
