@@ -32,9 +32,7 @@ def one_device() -> Mesh:
     return sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
 
 
-def experiment(
-    model: ModelConfig, window: int, block: int = 16, neighbours: int = 1000, **generate
-) -> config_lib.ExperimentConfig:
+def experiment(model: ModelConfig, window: int, **generate) -> config_lib.ExperimentConfig:
     settings = {"last_context_length": 32, "memory_block": 64, "max_new_tokens": 8} | generate
     crossbatch = config_lib.CrossbatchConfig(variant="none")
     return config_lib.ExperimentConfig(

@@ -10,27 +10,13 @@ import pytest
 
 from fot import cli, generate, incremental, model
 from fot.checkpoint import Checkpointer
-from fot.config import ExperimentConfig, ModelConfig, RopeScalingConfig
+from fot.config import ExperimentConfig, RopeScalingConfig
 from fot.convert import __main__ as command
 from fot.session import PADDING
-from tests.generating import experiment, one_device
+from tests.generating import SMALL, experiment, one_device
 
 WINDOW = 16
-MODEL = ModelConfig(
-    vocab_size=48,
-    layers=4,
-    dim=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_dim=48,
-    mlp="swiglu",
-    memory_layers=(1, 2),
-    memory_positions="zero",
-    qk_norm=False,
-    tied_embeddings=False,
-    attention_block=8,
-)
+MODEL = dataclasses.replace(SMALL, mlp="swiglu", memory_positions="zero", qk_norm=False, tied_embeddings=False)
 MODELS = {
     "several": MODEL,
     "one": dataclasses.replace(MODEL, memory_layers=(2,), tied_embeddings=True, rope_theta=1e6),

@@ -83,14 +83,20 @@ class Head(NamedTuple):
 
     Attributes:
       keys, values: [M, H].
-      entry_M: [M] int64, which entry of its row, counted from the first written, each slot holds.
+      written: entries that the row has taken since it was cleared.
       lists: its inverted file; None without.
     """
 
     keys: np.ndarray
     values: np.ndarray
-    entry_M: np.ndarray
+    written: int
     lists: Any
+
+    @property
+    def entry_M(self) -> np.ndarray:
+        """[M] int64, which entry of its row, counted from the first written, each slot holds."""
+        newest = self.written - 1
+        return newest - (newest - np.arange(len(self.keys))) % max(len(self.keys), 1)
 
 
 # (queries [Q, H], head, slots that they see (None is all), reader) -> logits and slots [Q, K].
@@ -177,11 +183,10 @@ def heads(memory: HostMemory) -> Iterator[tuple[Place, Head]]:
 
 
 def _head(held: _Held, place: Place) -> Head:
-    written, capacity = int(held.arrays.written[place[1]]), held.arrays.capacity
-    slot_M = np.arange(min(written, capacity))
-    entry_M = written - 1 - (written - 1 - slot_M) % max(capacity, 1)
-    keys, values = (x[place][: len(slot_M)] for x in (held.arrays.keys, held.arrays.values))
-    return Head(keys, values, entry_M, held.lists.get(place))
+    written = int(held.arrays.written[place[1]])
+    filled = min(written, held.arrays.capacity)
+    keys, values = (x[place][:filled] for x in (held.arrays.keys, held.arrays.values))
+    return Head(keys, values, written, held.lists.get(place))
 
 
 def _faiss() -> Any:
