@@ -12,6 +12,7 @@ import json
 import logging
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -258,6 +259,7 @@ def _quieten() -> None:
     """orbax logs every step, and failures with tracebacks; from here failures come as one CheckpointError."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the other arrays of a failed save
+    warnings.filterwarnings("ignore", message="coroutine 'async_serialize", category=RuntimeWarning)  # and those again
     if not isinstance(sys.unraisablehook, functools.partial) or sys.unraisablehook.func is not _unraisable:
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
