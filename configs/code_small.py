@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.w = 15
     config.crossbatch.d = (1, 2, 4, 8)
     config.crossbatch.d_steps = (500, 600, 700)
-    config.train.steps = 1700
+    config.train.steps = 1300
     config.evaluate.memory = (0, 256, 1024, 4096, 16384)
     config.evaluate.readers = ("dense", "knn")
     config.evaluate.max_tokens = 0
