@@ -83,7 +83,7 @@ class Head(NamedTuple):
 
     Attributes:
       keys, values: [M, H].
-      written: entries that the row has taken since it was cleared.
+      written: entries that the row has taken since it was cleared; entry n is in slot n % M.
       lists: its inverted file; None without.
     """
 
@@ -91,12 +91,6 @@ class Head(NamedTuple):
     values: np.ndarray
     written: int
     lists: Any
-
-    @property
-    def entry_M(self) -> np.ndarray:
-        """[M] int64, which entry of its row, counted from the first written, each slot holds."""
-        newest = self.written - 1
-        return newest - (newest - np.arange(len(self.keys))) % max(len(self.keys), 1)
 
 
 # (queries [Q, H], head, slots that they see (None is all), reader) -> logits and slots [Q, K].

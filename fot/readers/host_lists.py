@@ -24,11 +24,11 @@ class HeadLists(NamedTuple):
 
     Attributes:
       index: a FAISS index that numbers keys by their slots; of bfloat16 keys it holds 2 bytes a number, else 4.
-      entry_M: [M] int64, the entry that each slot held when it was listed; -1 is none.
+      written: entries that the row had taken when they were listed; those that came since are not.
     """
 
     index: Any
-    entry_M: np.ndarray
+    written: int
 
 
 def host_lists(q_BTNH: jax.Array, documents_BT: jax.Array, slots: HostSlots, reader: Reader) -> Partial:
@@ -43,10 +43,9 @@ def host_lists(q_BTNH: jax.Array, documents_BT: jax.Array, slots: HostSlots, rea
 def build(memory: HostMemory, list_size: int) -> HostMemory:
     """Finds centroids, about one for `list_size` entries, and lists all entries; in place."""
     for place, head in host.heads(memory):
-        filled = len(head.keys)
         memory.lists.pop(place, None)
-        if filled:
-            memory.lists[place] = HeadLists(_trained(head.keys, list_size), np.full(memory.capacity, -1, np.int64))
+        if len(head.keys):
+            memory.lists[place] = HeadLists(_trained(head.keys, list_size), 0)
     return refresh(memory, list_size)
 
 
@@ -58,19 +57,15 @@ def refresh(memory: HostMemory, list_size: int) -> HostMemory:
     import faiss
 
     for place, head in host.heads(memory):
-        lists = memory.lists.get(place)
-        if lists is None:
+        if head.lists is None:
             continue
-        listed_M = np.zeros(memory.capacity, bool)
-        listed_M[: len(head.keys)] = _listed(lists, head)
-        stale = np.flatnonzero((lists.entry_M >= 0) & ~listed_M)
-        if len(stale):
-            lists.index.remove_ids(faiss.IDSelectorBatch(stale))
-            lists.entry_M[stale] = -1
-        new = np.flatnonzero(~listed_M[: len(head.keys)])
+        index, new = head.lists.index, _new(head)
+        overwritten = new[new < head.lists.written]
+        if len(overwritten):
+            index.remove_ids(faiss.IDSelectorBatch(overwritten))
         if len(new):
-            lists.index.add_with_ids(np.ascontiguousarray(head.keys[new], np.float32), new)
-            lists.entry_M[new] = head.entry_M[new]
+            index.add_with_ids(np.ascontiguousarray(head.keys[new], np.float32), new)
+        memory.lists[place] = HeadLists(index, head.written)
     return memory
 
 
@@ -94,9 +89,10 @@ def _trained(keys: np.ndarray, list_size: int) -> Any:
     return index
 
 
-def _listed(lists: HeadLists, head: Head) -> np.ndarray:
-    """Returns [M] bool, the filled slots whose entries the inverted file knows."""
-    return lists.entry_M[: len(head.keys)] == head.entry_M
+def _new(head: Head) -> np.ndarray:
+    """Returns the slots of the entries that came since the head's entries were listed; the oldest entry first."""
+    filled = len(head.keys)
+    return np.arange(max(head.lists.written, head.written - filled), head.written) % max(filled, 1)
 
 
 def _nearest(
@@ -107,14 +103,17 @@ def _nearest(
 
     if head.lists is None:
         return host.nearest(queries, head, visible, reader)
-    seen = np.arange(len(head.keys)) if visible is None else visible
-    listed = _listed(head.lists, head)[seen]
+    new, count = _new(head), len(head.keys)
+    listed = faiss.IDSelectorNot(faiss.IDSelectorBatch(new)) if len(new) else None
+    if visible is not None:
+        unlisted = np.isin(visible, new)
+        count, new, listed = len(visible), visible[unlisted], faiss.IDSelectorBatch(visible[~unlisted])
+    count -= len(new)
     found = []
-    if listed.any():
-        chosen = None if visible is None and listed.all() else faiss.IDSelectorBatch(seen[listed])
-        how = faiss.SearchParametersIVF(nprobe=reader.probes, sel=chosen)
-        s, index = head.lists.index.search(queries, min(reader.neighbours, int(listed.sum())), params=how)
+    if count:
+        how = faiss.SearchParametersIVF(nprobe=reader.probes, sel=listed)
+        s, index = head.lists.index.search(queries, min(reader.neighbours, count), params=how)
         found.append((np.where(index < 0, -np.inf, s), np.maximum(index, 0)))
-    if not listed.all():
-        found.append(host.nearest(queries, head, seen[~listed], reader))
+    if len(new):
+        found.append(host.nearest(queries, head, new, reader))
     return host.best(found, reader.neighbours)
