@@ -113,3 +113,15 @@ def remote_code(tmp_path_factory):
         yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def without_gradients():
+    """PyTorch's are off, and it has one thread: models this small only wait for a second one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)

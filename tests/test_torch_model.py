@@ -13,30 +13,12 @@ transformers = pytest.importorskip("transformers")
 from fot.convert.torch_model.configuration_longllama import LongLlamaConfig  # noqa: E402
 from fot.convert.torch_model.memory_longllama import pieces  # noqa: E402
 from fot.convert.torch_model.modeling_longllama import LongLlamaForCausalLM, rotate  # noqa: E402
+from tests.longllama import BASE, LLAMA3, MEMORY, SMALL, Plain, close, padded, small, tokens  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 DATA = pathlib.Path(__file__).parent / "data"
 CODE = pathlib.Path(__file__).parents[1] / "fot" / "convert" / "torch_model"
-BASE = json.loads((DATA / "longllama_base_config.json").read_text())
-WINDOW, LAST = BASE["max_position_embeddings"], BASE["last_context_length"]
-MEMORY = {"mem_layers": [1, 3], "mem_dtype": "float32"}
-SMALL = {**BASE, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 16, "last_context_length": 8}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8,
-}
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    """And with one thread: models this small only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+LAST = BASE["last_context_length"]
 
 
 def released(**overrides):
@@ -44,99 +26,6 @@ def released(**overrides):
     model = LongLlamaForCausalLM(LongLlamaConfig(**BASE, **overrides)).eval()
     model.load_state_dict({name: torch.from_numpy(x) for name, x in np.load(DATA / "longllama_state_dict.npz").items()})
     return model
-
-
-def small(**overrides):
-    """A model of random parameters, large enough for attention to be far from uniform."""
-    torch.manual_seed(0)
-    fields = {**SMALL, **MEMORY, "mem_layers": [1, 2], "initializer_range": 0.3}
-    return LongLlamaForCausalLM(LongLlamaConfig(**(fields | overrides))).eval()
-
-
-def tokens(rows, n, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(3, BASE["vocab_size"], (rows, n)))
-
-
-def close(left, right, tolerance=1e-4):
-    torch.testing.assert_close(torch.as_tensor(left), torch.as_tensor(right), rtol=0, atol=tolerance)
-
-
-class Plain:
-    """What the released code computes, in the plainest way: every key concatenated, every mask written out."""
-
-    def __init__(self, model):
-        self.model, self.config = model.model, model.config
-        self.head = model.lm_head
-        self.local, self.memory = None, [None] * self.config.num_hidden_layers  # k, v, positions; k, v, mask
-
-    def __call__(self, ids, mask=None, positions=None, use_cache=True, last=None):
-        rows, n = ids.shape
-        last, window = last or self.config.last_context_length, self.config.max_position_embeddings
-        cached = 0 if self.local is None else self.local[0][0].shape[2]
-        if positions is None:
-            first = 0 if self.local is None else self.local[0][2].max(dim=1, keepdim=True).values + 1
-            positions = (torch.arange(n) + first).expand(rows, -1)
-        mask = torch.ones((rows, cached + n)) if mask is None else mask[:, -(cached + n) :]
-        prefix, outputs = max(n - last, 0), []
-        bounds = [(i, min(prefix, i + window), self.local is not None) for i in range(0, prefix, window)]
-        for begin, end, keep in [*bounds, (prefix, n, use_cache)]:
-            held = 0 if self.local is None else self.local[0][0].shape[2]
-            part = mask[:, cached + begin - held : cached + end].bool()
-            outputs.append(self.window(ids[:, begin:end], part, positions[:, begin:end], keep))
-        return self.head(torch.cat(outputs, dim=1))
-
-    def window(self, ids, mask, positions, keep):
-        x, caches = self.model.embed_tokens(ids), []
-        for i, layer in enumerate(self.model.layers):
-            past = None if self.local is None else self.local[i]
-            out, cache = self.attention(i, layer.self_attn, layer.input_layernorm(x), mask, positions, past, keep)
-            caches.append(cache)
-            x = x + layer.self_attn.o_proj(out)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        self.local = caches if keep else None
-        return self.model.norm(x)
-
-    def attention(self, i, layer, x, mask, positions, past, keep):
-        heads, T = self.config.num_attention_heads, x.shape[1]
-        q, k, v = (
-            f(x).unflatten(2, (-1, layer.head_dim)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
-        queries, has_memory, moved = positions, i in self.config.mem_layers, None
-        rotates = self.config.mem_positionals or not has_memory
-        if past is not None:
-            held = past[0].shape[2]
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-            positions = torch.cat([past[2], positions], dim=1)
-            if k.shape[2] > self.config.max_position_embeddings:
-                if has_memory:
-                    self.remember(i, k[:, :, :held], v[:, :, :held], mask[:, :held])
-                k, v, positions, mask = k[:, :, held:], v[:, :, held:], positions[:, held:], mask[:, held:]
-        elif has_memory and not keep:
-            moved = k, v, mask
-        cache, S = (k, v, positions), k.shape[2]
-        if rotates:
-            oldest = positions.min(dim=1, keepdim=True).values
-            q = rotate(q, *self.model.rotary_emb(queries - oldest, q.dtype))
-            k = rotate(k, *self.model.rotary_emb(positions - oldest, k.dtype))
-        visible = torch.ones((T, S), dtype=torch.bool).tril(S - T) & mask[:, None, :]
-        if self.memory[i] is not None:
-            memory_k, memory_v, memory_mask = self.memory[i]
-            k, v = torch.cat([k, memory_k.to(k.dtype)], dim=2), torch.cat([v, memory_v.to(v.dtype)], dim=2)
-            visible = torch.cat([visible, memory_mask[:, None, :].expand(-1, T, -1)], dim=2)
-        k, v = (y.repeat_interleave(heads // y.shape[1], dim=1) for y in (k, v))
-        logits = (q @ k.transpose(2, 3) / layer.head_dim**0.5).masked_fill(~visible[:, None], -1e6)
-        if moved is not None:
-            self.remember(i, *moved)
-        return (logits.softmax(dim=3) @ v).transpose(1, 2).flatten(2), cache
-
-    def remember(self, i, k, v, mask):
-        dtype = getattr(torch, self.config.mem_dtype)
-        new = k.to(dtype), v.to(dtype), mask
-        if self.memory[i] is not None:
-            new = tuple(
-                torch.cat([x, y], dim=-1 if x.dim() == 2 else 2) for x, y in zip(self.memory[i], new, strict=True)
-            )
-        self.memory[i] = new
 
 
 # Golden files
@@ -208,15 +97,6 @@ CALLS = {  # calls one after the other: tokens, and the arguments that aren't th
 PADDING = ("none", "left", "right", "both")
 
 
-def padded(rows, n, side):
-    mask = torch.ones((rows, n), dtype=torch.long)
-    if side in ("left", "both"):
-        mask[0, : min(n - 1, 19)], mask[1, : n // 3] = 0, 0
-    if side in ("right", "both"):
-        mask[-1, -(n // 3) or n :] = 0
-    return mask
-
-
 @pytest.mark.parametrize(
     "fields,calls",
     [("memory", calls) for calls in CALLS] + [(fields, "pieces") for fields in MODELS if fields != "memory"],
@@ -283,97 +163,6 @@ def test_padding_changes_nothing(n, pad):
     close(right[:, :n], model(ids).logits, 1e-5)
     left = model(torch.cat([tokens(1, pad, 1), ids], dim=1), mask.flip(1)).logits
     close(left[:, pad:], model(ids).logits, 1e-5)
-
-
-def test_generation_of_padded_rows_equals_manual_steps_and_single_rows():
-    model, ids, mask = small(), tokens(3, 12), torch.ones((3, 12), dtype=torch.long)
-    mask[0, :5], mask[2, :7] = 0, 0
-    generated = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None)
-    plain, manual, fed = Plain(model), ids, ids
-    for _ in range(24):
-        fed = plain(fed, mask)[:, -1:].argmax(dim=-1)
-        manual, mask = torch.cat([manual, fed], dim=1), torch.cat([mask, torch.ones((3, 1), dtype=torch.long)], dim=1)
-    assert generated.tolist() == manual.tolist()
-    for row, pad in ((0, 5), (2, 7)):
-        alone = model.generate(ids[row : row + 1, pad:], max_new_tokens=4, do_sample=False, eos_token_id=None)
-        assert alone[0, -4:].tolist() == generated[row, 12:16].tolist()  # later their windows are cut elsewhere
-
-
-def test_sampling_and_no_cache_and_continued_generation():
-    model, ids = small(), tokens(2, 30)
-    arguments = {"max_new_tokens": 6, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    torch.manual_seed(1)
-    assert model.generate(ids, do_sample=True, top_k=5, **arguments).shape == (2, 36)
-    cached = model.generate(ids, do_sample=False, return_dict_in_generate=True, **arguments)
-    assert isinstance(cached.past_key_values.get_seq_length(), int) and cached.past_key_values.get_seq_length() == 35
-    on = torch.cat([cached.sequences, tokens(2, 3, 1)], dim=1)
-    continued = model.generate(on, past_key_values=cached.past_key_values, max_new_tokens=3, eos_token_id=None)
-    plain = Plain(model)
-    plain(ids)
-    for i in range(30, 35):
-        plain(on[:, i : i + 1])
-    assert continued[:, 39].tolist() == plain(on[:, 35:])[:, -1].argmax(dim=-1).tolist()
-    short = model.generate(ids[:, :6], max_new_tokens=3, eos_token_id=None)
-    assert model.generate(ids[:, :6], max_new_tokens=3, eos_token_id=None, use_cache=False).tolist() == short.tolist()
-
-
-@pytest.mark.parametrize("way", ("last_context_length", "prefill_chunk_size", "memory first"))
-def test_generation_from_a_prompt_read_otherwise(way):
-    model, prompt, plain = small(), tokens(2, 60), Plain(small())
-    arguments = {"max_new_tokens": 5, "eos_token_id": None, "attention_mask": torch.ones_like(prompt)}
-    if way == "last_context_length":
-        arguments["last_context_length"] = 4
-        logits = plain(prompt, last=4)
-    elif way == "prefill_chunk_size":
-        arguments["prefill_chunk_size"] = 10
-        logits = [plain(part) for part in prompt.split(10, dim=1)][-1]
-    else:
-        arguments["past_key_values"] = model(prompt, use_cache=False, logits_to_keep=1).past_key_values
-        plain(prompt, use_cache=False)
-        prompt = tokens(2, 6, 1)
-        arguments["attention_mask"] = torch.ones_like(prompt)
-        logits = plain(prompt)
-    manual = prompt
-    for _ in range(5):
-        manual = torch.cat([manual, logits[:, -1:].argmax(dim=-1)], dim=1)
-        logits = plain(manual[:, -1:])
-    assert model.generate(prompt, **arguments).tolist() == manual.tolist()
-
-
-def test_beams():
-    model, ids = small(), tokens(2, 20)
-    arguments = {"num_beams": 3, "max_new_tokens": 14, "eos_token_id": None, "do_sample": False}
-    together = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
-    for row in range(2):
-        assert model.generate(ids[row : row + 1], **arguments)[0].tolist() == together[row].tolist()
-    beams = [(0.0, ids[:1])]  # the same search, every step from the whole history
-    for _ in range(14):
-        candidates = []
-        for score, history in beams:
-            plain = Plain(model)
-            logits = plain(history[:, :20])
-            for i in range(20, history.shape[1]):
-                logits = plain(history[:, i : i + 1])
-            best = logits[0, -1].log_softmax(dim=0).topk(6)
-            for value, token in zip(best.values.tolist(), best.indices, strict=True):
-                candidates.append((score + value, torch.cat([history, token.view(1, 1)], dim=1)))
-        beams = sorted(candidates, key=lambda candidate: -candidate[0])[:3]
-    assert together[0].tolist() == beams[0][1][0].tolist()
-
-
-def test_rows_of_the_cache_are_moved_repeated_and_chosen():
-    model, ids, mask = small(), tokens(3, 40), padded(3, 40, "left")
-    step, rows = tokens(3, 1, 1), torch.tensor([2, 0, 0])
-    expected = model(step, past_key_values=model(ids, mask).past_key_values).logits
-    cache = model(ids, mask).past_key_values
-    cache.reorder_cache(rows)
-    close(model(step[rows], past_key_values=cache).logits, expected[rows], 1e-5)
-    cache = model(ids[:2], mask[:2]).past_key_values
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([1, 3]))
-    close(model(step[:2], past_key_values=cache).logits, expected[:2], 1e-5)
-    with pytest.raises(NotImplementedError, match="cropped"):
-        cache.crop(-1)
 
 
 @pytest.mark.parametrize("fields", ({}, {"num_key_value_heads": 2}, {"rope_parameters": LLAMA3}, {"head_dim": 4}))
