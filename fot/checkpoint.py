@@ -258,8 +258,9 @@ def _changeable(field: str) -> bool:
 def _quieten() -> None:
     """orbax logs every step, and failures with tracebacks; from here failures come as one CheckpointError."""
     absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the other arrays of a failed save
-    warnings.filterwarnings("ignore", message="coroutine 'async_serialize", category=RuntimeWarning)  # and those again
+    # The other arrays of a failed save: whose writing failed too, and whose writing never began.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine 'async_serialize", category=RuntimeWarning)
     if not isinstance(sys.unraisablehook, functools.partial) or sys.unraisablehook.func is not _unraisable:
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
