@@ -39,8 +39,8 @@ passkey: $(STAMP)  ## Train passkey retrieval and evaluate it in prompts of up t
 	$(BIN)/python -m fot.train --config=configs/passkey_tiny.py --workdir=runs/passkey_tiny
 	$(BIN)/python -m fot.evaluate passkey --workdir=runs/passkey_tiny
 
-test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow.
-	$(BIN)/python -m pytest -m "not slow"
+test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow, files side by side.
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 test-slow: $(TEST_STAMP)  ## Run the slow tests alone.
 	$(BIN)/python -m pytest -m slow

@@ -39,6 +39,7 @@ setup(
             "nbformat>=5.11",
             "psutil>=7.2",
             "pytest>=9.2",
+            "pytest-xdist>=3.8",
             "ruff>=0.17.6",
             "safetensors>=0.8",
             "tokenizers>=0.23.3",

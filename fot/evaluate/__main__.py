@@ -4,13 +4,13 @@ python -m fot.evaluate NAME --workdir=DIR
 python -m fot.evaluate NAME --help
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
 from fot import cli
+from fot.config.checks import nearest
 from fot.errors import UserError
 from fot.evaluate import dictionary, distraction, passkey, perplexity, retrieval
 
@@ -47,9 +47,7 @@ def unknown(name: str) -> NoReturn:
     known = ", ".join(EVALUATIONS)
     if not name or name.startswith("-"):
         raise UserError(f"the first argument must name an evaluation: {known}")
-    close = difflib.get_close_matches(name, EVALUATIONS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose from {known}"
-    raise UserError(f"unknown evaluation {name!r}; {hint}")
+    raise UserError(f"unknown evaluation {name!r}{nearest(name, EVALUATIONS) or f'; choose from {known}'}")
 
 
 if __name__ == "__main__":
