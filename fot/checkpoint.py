@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fot.config import ExperimentConfig, TrainConfig, differences, fields, from_dict, to_dict
+from fot.config import ExperimentConfig, TrainConfig, differences, from_dict, to_dict
 from fot.errors import CheckpointError, ConfigError
 
 # What a resumed run may change: fields (or, with a final dot, groups of them) that alter neither what the parameters
@@ -206,39 +206,16 @@ def load_config(directory: str | pathlib.PurePath) -> ExperimentConfig:
     folder = _folder(_path(directory), None)
     values = _read(folder, config=ocp.args.JsonRestore()).config
     try:
-        return from_dict(_filled(values, to_dict(ExperimentConfig())))
+        return from_dict(filled(values, to_dict(ExperimentConfig())))
     except ConfigError as error:
         raise CheckpointError(f"the config in {folder} is of another version of fot: {error}") from error
 
 
-def inherit(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run's config values, not validated yet, with what they leave out as `train.init_from` was stored with.
-
-    So a config file without a model's shape trains whatever model another workdir holds. Nothing is read if nothing is
-    left out.
-
-    Raises:
-      ConfigError: fields are left out but no workdir is named.
-      CheckpointError: that workdir has no checkpoint, or its config can't be read.
-    """
-    names = [name for name, _ in fields(to_dict(ExperimentConfig()))]
-    given = {name for name, _ in fields(values)}
-    missing = [name for name in names if name not in given]
-    source = values.get("train", {}).get("init_from", "")
-    if not missing or not isinstance(source, str):
-        return values
-    if not source:
-        raise ConfigError(
-            f"config field {missing[0]} is missing: give it, or --config.train.init_from, the workdir to take it from"
-        )
-    return _filled(values, to_dict(load_config(epath.Path(source) / "checkpoints")))
-
-
-def _filled(values: Any, defaults: Any) -> Any:
+def filled(values: Any, defaults: Any) -> Any:
     """Returns `values` with the fields that only `defaults` has, in every group."""
     if not isinstance(values, dict) or not isinstance(defaults, dict):
         return values
-    return defaults | {name: _filled(value, defaults.get(name)) for name, value in values.items()}
+    return defaults | {name: filled(value, defaults.get(name)) for name, value in values.items()}
 
 
 def check_config(saved: ExperimentConfig, current: ExperimentConfig) -> None:

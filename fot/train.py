@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fot import checkpoint, cli, files, model, optimizer, sharding, train_step
+from fot import checkpoint, cli, files, model, optimizer, sharding, train_step, trained
 from fot.batch import Batch
 from fot.config import ExperimentConfig, TrainConfig
 from fot.data import corpus, mixture, rows
@@ -86,7 +86,7 @@ def train(
 
     Args:
       config: the run.
-      workdir: receives checkpoints/, metrics.jsonl and tensorboard/.
+      workdir: receives checkpoints/, metrics.jsonl, tensorboard/, and tokenizer/ if the run trains its own.
       log: receives lines for the user.
       termination: has SIGTERM save the steps that are not saved yet; None leaves signals as they are.
 
@@ -102,7 +102,7 @@ def train(
     with files.hold(workdir), checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
         if checkpoints.latest() is not None:
             checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
-        documents = corpus.load(config, "train").corpus
+        tokenizer, documents = corpus.load(config, "train")
         log(f"{len(documents)} training documents, {documents.token_count:,} tokens")
         abstract = sharding.abstract(jax.eval_shape(lambda: train_step.init_state(config)), mesh)
         held_out_step = jax.jit(functools.partial(train_step.held_out_sums, config=config), static_argnames="d")
@@ -113,6 +113,7 @@ def train(
             restored = checkpoints.restore(None, abstract)
             state, position = restored.state, run.restore_position(restored.data_position)
             log(f"going on from the checkpoint of step {int(state.step)} in {workdir / 'checkpoints'}")
+        trained.keep_tokenizer(workdir, tokenizer)
         with (
             MetricsWriter(workdir, int(state.step)) as writer,
             Progress(config.train.steps, int(state.step), sys.stderr) as progress,
@@ -297,4 +298,4 @@ def main(config: ExperimentConfig, command: Flags) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Flags, usage=__doc__, complete=checkpoint.inherit)
+    cli.run(main, Flags, usage=__doc__, complete=trained.inherit)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from fot import config as config_lib
 from fot.config import ExperimentConfig, ModelConfig
 from fot.convert import __main__ as command
 from fot.convert import export, hf_config, huggingface
+from fot.data.tokenizer import file_tokenizer, trained_tokenizer
 from fot.errors import ConfigError, ConversionError, UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -102,6 +104,27 @@ def test_an_export_needs_no_mesh_of_the_run(folders, tmp_path):
     convert("--from=fot", f"--source={tmp_path}/run", "--to=hf", f"--target={tmp_path}/out")
     before, after = tensors(folders / "llama"), tensors(tmp_path / "out")
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_the_tokenizer_that_a_run_trained_goes_with_its_export(folders, tmp_path):
+    opened = huggingface.open_source(folders / "llama", 0)
+    (tmp_path / "documents").mkdir()
+    for number in range(8):
+        (tmp_path / "documents" / f"{number}.txt").write_text(f"all the words of document {number}\n" * 20)
+    data = config_lib.DataConfig(task=("files",), files=(f"{tmp_path}/documents/*",), cache_dir=f"{tmp_path}/cache")
+    own = trained_tokenizer(data, ModelConfig())
+    with checkpoint.Checkpointer(tmp_path / "run" / "checkpoints", opened.config.train) as checkpoints:
+        run = dataclasses.replace(opened.config, data=data)
+        checkpoints.save(3, {"params": llama_files.load(opened)}, {}, run)
+    trained.keep_tokenizer(tmp_path / "run", own)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "documents")
+    convert("--from=fot", f"--source={tmp_path}/moved", "--to=hf", f"--target={tmp_path}/out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == own.trained
+    again = file_tokenizer(trained.load_config(tmp_path / "moved").data, ModelConfig())
+    assert again.key == own.key and again.decode(again.encode("the words")) == "the words"
+    inherited = trained.inherit({"train": {"init_from": str(tmp_path / "moved")}})
+    assert inherited["data"]["tokenizer_file"] == str(tmp_path / "moved" / "tokenizer" / "tokenizer.model")
 
 
 @pytest.mark.parametrize("name", ["llama3", "linear", "wide_heads", "qwen2"])
@@ -277,7 +300,7 @@ def test_fine_tuning_takes_the_shape_from_the_checkpoint(folders, tmp_path):
         "--config.model.remat=none",
         "--config.mesh.tensor=2",
     ]
-    parsed = cli.parse(words, train.Flags, train.__doc__, complete=checkpoint.inherit)
+    parsed = cli.parse(words, train.Flags, train.__doc__, complete=trained.inherit)
     stored = trained.load_config(str(tmp_path / "imported"))
     names = {line.split(":")[0] for line in config_lib.differences(stored, parsed.config) if line.startswith("model.")}
     assert names == {"model.memory_layers", "model.attention_block"}
@@ -291,7 +314,7 @@ def test_fine_tuning_takes_the_shape_from_the_checkpoint(folders, tmp_path):
 
 def test_fine_tuning_without_a_checkpoint_says_what_to_give():
     with pytest.raises(ConfigError, match="--config.train.init_from"):
-        cli.parse([f"--config={ROOT}/configs/finetune.py", "--workdir=x"], train.Flags, "", complete=checkpoint.inherit)
+        cli.parse([f"--config={ROOT}/configs/finetune.py", "--workdir=x"], train.Flags, "", complete=trained.inherit)
 
 
 MEASURE = """

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fot import sharding, train, train_step
+from fot import sharding, train, train_step, trained
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig
 from fot.errors import CheckpointError, ConfigError, TrainingError
@@ -238,7 +238,11 @@ def test_bad_gradients_skip_the_step_and_too_many_end_the_run(config, tmp_path):
 
 
 def test_a_run_can_begin_with_the_parameters_of_another(config, tmp_path):
+    config = replace(config, data=dict(tokenizer="trained"))
     first = train.train(config, tmp_path / "first", print)
+    assert trained.load_config(tmp_path / "first").data.tokenizer_file == str(
+        tmp_path / "first" / "tokenizer" / "tokenizer.model"
+    )
     begun = replace(
         config, train=dict(init_from=str(tmp_path / "first"), steps=1, seed=7), optimizer=dict(warmup_steps=2)
     )

@@ -9,7 +9,7 @@ import pathlib
 
 import jax
 
-from fot import checkpoint, files, model, sharding
+from fot import checkpoint, files, model, sharding, trained
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
 from fot.convert import source, weights
 from fot.convert.hf_config import BOS, EOS, Origin
@@ -29,7 +29,7 @@ def open_source(path: pathlib.Path) -> Source:
       CheckpointError: there is none.
       ConversionError: its origin.json can't be read.
     """
-    config = checkpoint.load_config(path / "checkpoints")
+    config = trained.load_config(path)
 
     def read(wanted: ModelConfig) -> Read:
         return weights.of_params(_params(path, dataclasses.replace(config, model=wanted)))
@@ -56,10 +56,10 @@ def write(target: pathlib.Path, opened: Source, config: ExperimentConfig, read: 
     sharding.check_mesh(mesh, config)
     main = next((name for name in source.TOKENIZER_FILES if name in opened.tokenizer), None)
     if main is not None:
-        place = str(target.absolute() / "tokenizer" / main)
+        place = str(trained.tokenizer_folder(target.absolute()) / main)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer_file=place))
     with files.new_folder(target, REMEDY) as folder:
-        write_files(folder / "tokenizer", opened.tokenizer)
+        write_files(trained.tokenizer_folder(folder), opened.tokenizer)
         write_files(folder, {ORIGIN: json.dumps(dataclasses.asdict(opened.origin), indent=1).encode()})
         params = weights.load(read, config.model, mesh)
         with checkpoint.Checkpointer(folder / "checkpoints", config.train) as checkpoints:
@@ -93,7 +93,7 @@ def _origin(path: pathlib.Path, config: ExperimentConfig) -> Origin:
 
 
 def _token_ids(config: ExperimentConfig) -> dict[str, int]:
-    """Returns the ids that the run's documents begin and end with; those of a tokenizer that it trained are LLaMA's."""
+    """Returns the ids that the run's documents begin and end with; without a tokenizer's file they are LLaMA's."""
     if not _tokenizer(config):
         return {"bos_token_id": BOS, "eos_token_id": EOS}
     loaded = tokenizers.file_tokenizer(config.data, config.model)

@@ -59,6 +59,7 @@ class Tokenizer(NamedTuple):
       bos: id before the first token of a document.
       eos: id after the last token of a document.
       key: names this tokenizer in cache keys.
+      trained: the SentencePiece model that was trained for the run; empty if its tokenizer is not of its own making.
     """
 
     encode_batch: Callable[[Sequence[str]], list[np.ndarray]]
@@ -67,6 +68,7 @@ class Tokenizer(NamedTuple):
     bos: int
     eos: int
     key: str
+    trained: bytes = b""
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of one text, int32 [tokens], without bos or eos."""
@@ -133,7 +135,8 @@ def trained_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
     if not path.exists():
         proto = _train([document.text for document in _sample(data)], settings)
         cache.write(path, lambda file: file.write(proto))
-    return _sentencepiece(path.read_bytes(), str(path))
+    proto = path.read_bytes()
+    return _sentencepiece(proto, str(path))._replace(trained=proto)
 
 
 TOKENIZERS: dict[str, Callable[[DataConfig, ModelConfig], Tokenizer]] = {
