@@ -65,7 +65,7 @@ def check(topology: str) -> Generation:
     """
     name, _, shape = topology.partition(":")
     if name not in GENERATIONS:
-        close = difflib.get_close_matches(name, GENERATIONS, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(name, GENERATIONS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GENERATIONS)}"
         raise UserError(f"topology {topology!r}: unknown generation {name!r}; {hint}")
     generation = GENERATIONS[name]
@@ -80,11 +80,11 @@ def check(topology: str) -> Generation:
 
 
 def nearest(topology: str) -> str:
-    """Returns the name of the same generation in `TOPOLOGIES` that is most alike, else its smallest pod."""
+    """Returns the most alike name of the same generation in `TOPOLOGIES`, or that of its smallest pod."""
     name = topology.partition(":")[0]
-    known = [each for each in TOPOLOGIES if each.startswith(f"{name}:")]
     smallest = {2: f"{name}:2x2", 3: f"{name}:2x2x1"}[len(GENERATIONS[name].largest)]
-    return difflib.get_close_matches(topology, [*known, smallest], n=1, cutoff=0.0)[0]
+    known = [each for each in TOPOLOGIES if each.startswith(f"{name}:")] or [smallest]
+    return max(known, key=lambda each: difflib.SequenceMatcher(None, topology, each).ratio())
 
 
 def devices(topology: str) -> list[jax.Device]:

@@ -267,7 +267,9 @@ def cycles(program: Program) -> Cycles:
 def collectives(program: Program) -> list[Collective]:
     """Returns the collectives of all that runs, those inside fusions included."""
     return [
-        Collective(kind, groups(instruction.attributes, program.devices), _operand_bytes(computation, instruction), times)
+        Collective(
+            kind, groups(instruction.attributes, program.devices), _operand_bytes(computation, instruction), times
+        )
         for run, times, _ in _runs(program)
         for computation, instruction, kind in _operations(program, run)
         if kind in SENT
@@ -324,7 +326,9 @@ def groups(attributes: str, devices: int) -> Groups:
 
 def _counted(text: str) -> np.ndarray:
     """Returns the numbers of `[2,4]` or `[2,4]T(1,0)`, flattened."""
-    dims, permutation = (list(map(int, re.findall(r"\d+", part))) for part in (text.split("T")[0], text.partition("T")[2]))
+    dims, permutation = (
+        list(map(int, re.findall(r"\d+", part))) for part in (text.split("T")[0], text.partition("T")[2])
+    )
     numbers = np.arange(math.prod(dims)).reshape(dims)
     return (numbers.transpose(permutation) if permutation else numbers).reshape(-1)
 

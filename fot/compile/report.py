@@ -1,4 +1,4 @@
-"""What compiling the train step for a topology tells: memory, collectives, FLOPs, a bound and an estimate of its time."""
+"""What compiling the train step for a topology tells: memory, collectives, FLOPs, a bound and an estimate of time."""
 
 import collections
 import dataclasses
@@ -26,6 +26,7 @@ class Memory:
       aliased: outputs that take the place of arguments.
       temporaries: activations, gradients and all else, at the peak.
       live: arguments + outputs - aliased + temporaries.
+      code: the program itself.
     """
 
     arguments: int
@@ -33,6 +34,7 @@ class Memory:
     aliased: int
     temporaries: int
     live: int
+    code: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Report:
       remat: `model.remat`.
       accumulation: `train.accumulation`.
       usable: HBM of a device, bytes.
-      needed: HBM that the step needs, bytes: its live memory, or what the compiler says when that is too much.
+      needed: HBM that the step needs, bytes: its live memory and code, or what the compiler says when that is too much.
       model_flops: of a step, all devices together, by the formula of `fot.flops`.
       compile_seconds: that the compiler took here.
       program: of a step that fits; None if it doesn't.
@@ -170,7 +172,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
         remat=config.model.remat,
         accumulation=config.train.accumulation,
         usable=generation.hbm,
-        needed=exhausted(message) if program is None else program.memory.live,
+        needed=exhausted(message) if program is None else program.memory.live + program.memory.code,
         model_flops=model_flops,
         compile_seconds=seconds,
         program=program,
@@ -196,6 +198,7 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, mode
         + sizes.output_size_in_bytes
         - sizes.alias_size_in_bytes
         + sizes.temp_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
     )
     program = hlo.parse(compiled.as_text())
     moved, cycles = collectives(program, dict(mesh.shape)), hlo.cycles(program)
