@@ -130,18 +130,24 @@ def test_a_step_that_does_not_fit_is_a_report(monkeypatch, cpus_for_tpus):
 
 def test_candidates_divide_the_devices_and_begin_near_the_config():
     config = of_mesh(fsdp=8)
-    found = search.candidates(config, jax.devices())
+    found = search.candidates(config, jax.devices(), 1)
     assert found
     for candidate in found:
         sharding.check_mesh(sharding.make_mesh(candidate.mesh, jax.devices()), candidate)
         assert candidate.data == config.data and candidate.crossbatch == config.crossbatch
-    first = found[0]
-    assert (first.train.accumulation, first.model.remat) == (1, config.model.remat)
+    assert [candidate.mesh.data for candidate in found] == sorted(candidate.mesh.data for candidate in found)
+    assert sum((found[0].model.remat != "none", found[0].train.accumulation > 1, found[0].mesh.tensor > 1)) == 1
     shapes = [
         (sharding.make_mesh(c.mesh, jax.devices()).shape_tuple, c.model.remat, c.train.accumulation) for c in found
     ]
     assert len(set(shapes)) == len(shapes)
     assert (sharding.make_mesh(config.mesh, jax.devices()).shape_tuple, config.model.remat, 1) not in shapes
+
+
+def test_candidates_that_can_not_be_enough_are_left_out():
+    for candidate in search.candidates(SMALL, jax.devices(), 3.1):
+        factor = candidate.train.accumulation * candidate.mesh.tensor
+        assert factor >= 4 or candidate.model.remat != SMALL.model.remat
 
 
 class TestCommand:
@@ -229,5 +235,5 @@ def test_what_the_tpus_compiler_refuses_is_a_report():
 
 @libtpu
 def test_a_topology_that_the_compiler_refuses_is_one_line():
-    with pytest.raises(UserError, match=r"topology 'v4:3x3x3': .* try 'v4:4x4x4'"):
+    with pytest.raises(UserError, match=r"topology 'v4:3x3x3': .* try 'v4:2x2x1'"):
         generations.devices("v4:3x3x3")

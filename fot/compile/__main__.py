@@ -88,17 +88,17 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
 def _row(config: ExperimentConfig, topology: str, d: int, flags: Flags) -> Row:
     """Compiles for one topology, prints what it tells, and searches if need be."""
     examine = functools.partial(report.examine, topology=topology, d=d, effort=flags.effort)
-    first, reason = None, ""
-    others = search.candidates(config, generations.devices(topology))
+    first, reason, devices = None, "", generations.devices(topology)
     try:
         first = examine(config)
         print(table.full(first), flush=True)
     except ConfigError as error:
         if flags.topology != "all" and not flags.search:
-            raise UserError(f"{error}{_hint(others)}") from None
+            raise UserError(f"{error}{_hint(search.candidates(config, devices, 1))}") from None
         reason = str(error)
         print(f"{topology}: {reason}", flush=True)
     tried = Tried([])
+    others = search.candidates(config, devices, first.needed / first.usable if first else 1)
     if flags.search:
         tried = search.all_of(others, flags.tries, functools.partial(_shown, examine))
     elif first is None or not first.fits:

@@ -33,15 +33,25 @@ def seconds(report: Report) -> float:
     return report.program.estimate.seconds + report.program.bound.interconnect
 
 
-def candidates(config: ExperimentConfig, devices: list[jax.Device]) -> list[ExperimentConfig]:
+def candidates(config: ExperimentConfig, devices: list[jax.Device], shrink: float) -> list[ExperimentConfig]:
     """Returns configs that the devices can hold in equal shares, the nearest to `config` first, without itself.
 
-    Accumulation and remat make room; a mesh with more `tensor` or `data` only lets them divide, so it varies last.
+    A step away doubles accumulation or `tensor`, or is the next remat. `data` grows only if that is not enough to
+    divide rows or widths.
+
+    Args:
+      config: the run.
+      devices: of the topology.
+      shrink: how many times smaller the memory has to get. As more accumulation or `tensor` divides it at most, what
+        is too near is left out.
     """
+    remats, own = REMATS[REMATS.index(config.model.remat) :], _shape(config.mesh, devices)
     found = []
-    remats = REMATS[REMATS.index(config.model.remat) :]
-    for remat, factor, tensor, data in itertools.product(remats, _FACTORS, _FACTORS, _FACTORS):
+    for data, remat, factor, tensor in itertools.product(_FACTORS, remats, _FACTORS, _FACTORS):
         mesh = MeshConfig(data=data, fsdp=-1, tensor=tensor, sequence=config.mesh.sequence)
+        steps = remats.index(remat) + math.log2(factor * tensor)
+        if remat == config.model.remat and factor * tensor < shrink:
+            continue
         try:
             candidate = dataclasses.replace(
                 config,
@@ -52,23 +62,17 @@ def candidates(config: ExperimentConfig, devices: list[jax.Device]) -> list[Expe
             sharding.check_mesh(sharding.make_mesh(mesh, devices), candidate)
         except ConfigError:
             continue
-        distance = math.log2(factor) + remats.index(remat), math.log2(tensor * data), data
-        found.append((distance, candidate))
-    own = dict(sharding.make_mesh(config.mesh, devices).shape) if _divides(config, devices) else {}
-    return [
-        candidate
-        for _, candidate in sorted(found, key=lambda pair: pair[0])
-        if (candidate.model, candidate.train) != (config.model, config.train)
-        or dict(sharding.make_mesh(candidate.mesh, devices).shape) != own
-    ]
+        if (remat, factor, _shape(mesh, devices)) != (config.model.remat, 1, own):
+            found.append(((data, steps, tensor), candidate))
+    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def _divides(config: ExperimentConfig, devices: list[jax.Device]) -> bool:
+def _shape(mesh: MeshConfig, devices: list[jax.Device]) -> dict[str, int] | None:
+    """Returns the size of each axis, None if the mesh doesn't fit the devices."""
     try:
-        sharding.make_mesh(config.mesh, devices)
+        return dict(sharding.make_mesh(mesh, devices).shape)
     except ConfigError:
-        return False
-    return True
+        return None
 
 
 def until_it_fits(
