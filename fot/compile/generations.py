@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from fot.config.checks import nearest
 from fot.errors import UserError
 
 GIB = 2**30
@@ -65,21 +66,20 @@ def check(topology: str) -> Generation:
     """
     name, _, shape = topology.partition(":")
     if name not in GENERATIONS:
-        close = difflib.get_close_matches(name, GENERATIONS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GENERATIONS)}"
-        raise UserError(f"topology {topology!r}: unknown generation {name!r}; {hint}")
+        hint = nearest(name, GENERATIONS) or f"; choose from {', '.join(GENERATIONS)}"
+        raise UserError(f"topology {topology!r}: unknown generation {name!r}{hint}")
     generation = GENERATIONS[name]
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     if len(sizes) != len(generation.largest) or any(
         not 0 < size <= most for size, most in zip(sizes, generation.largest, strict=True)
     ):
         most = "x".join(map(str, generation.largest))
-        example = nearest(topology)
+        example = alike(topology)
         raise UserError(f"topology {topology!r}: chips of {name} come in shapes up to {most}, such as {example!r}")
     return generation
 
 
-def nearest(topology: str) -> str:
+def alike(topology: str) -> str:
     """Returns the most alike name of the same generation in `TOPOLOGIES`, or that of its smallest pod."""
     name = topology.partition(":")[0]
     smallest = {2: f"{name}:2x2", 3: f"{name}:2x2x1"}[len(GENERATIONS[name].largest)]
@@ -103,4 +103,4 @@ def devices(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
     except jax.errors.JaxRuntimeError as error:
         message = str(error).partition(": ")[2] or str(error)
-        raise UserError(f"topology {topology!r}: {message}; try {nearest(topology)!r}") from None
+        raise UserError(f"topology {topology!r}: {message}; try {alike(topology)!r}") from None
