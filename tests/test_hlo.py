@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fot.compile import hlo
+from fot.compile.groups import groups, mesh_axes
 
 # A loop of 3 in a loop of 5, whose limits a condition and a carried constant tell; every form of a collective.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=8
@@ -104,7 +105,7 @@ def test_collectives_of_a_program_by_kind_bytes_and_runs():
     permute = found["collective-permute"]
     assert (permute.runs, permute.sent_bytes) == (1, 128)
     mesh = {"fsdp": 4, "tensor": 2}
-    axes = {kind: hlo.mesh_axes(each.groups, mesh) for kind, each in found.items()}
+    axes = {kind: mesh_axes(each.groups, mesh) for kind, each in found.items()}
     assert axes == {"all-gather": ("tensor",), "reduce-scatter": ("fsdp",), "collective-permute": ("fsdp",)}
 
 
@@ -140,12 +141,12 @@ def test_a_text_without_an_entry_is_refused():
     ],
 )
 def test_replica_groups_in_every_form(text, expected):
-    assert hlo.groups(text, 4) == expected
+    assert groups(text, 4) == expected
 
 
 def test_replica_groups_of_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match="unknown form: somehow"):
-        hlo.groups("replica_groups=somehow", 4)
+        groups("replica_groups=somehow", 4)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_bytes_of_a_shape(shape, size):
 
 def test_groups_along_two_axes_and_of_one_device():
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    assert hlo.mesh_axes(((0, 1, 2, 3), (4, 5, 6, 7)), mesh) == ("fsdp", "tensor")
-    assert hlo.mesh_axes(((0,), (1,)), mesh) == ()
+    assert mesh_axes(((0, 1, 2, 3), (4, 5, 6, 7)), mesh) == ("fsdp", "tensor")
+    assert mesh_axes(((0,), (1,)), mesh) == ()
 
 
 LAYERS, ROWS, DIM = 5, 64, 32
@@ -192,7 +193,7 @@ def compiled():
 
 def test_weights_of_a_compiled_loop_are_gathered_once_a_layer(compiled):
     (gather,) = [each for each in hlo.collectives(hlo.parse(compiled.as_text())) if each.kind == "all-gather"]
-    assert hlo.mesh_axes(gather.groups, {"fsdp": 4, "tensor": 2}) == ("fsdp",)
+    assert mesh_axes(gather.groups, {"fsdp": 4, "tensor": 2}) == ("fsdp",)
     assert gather.runs * gather.operand_bytes == LAYERS * DIM * DIM * 4 // 4
     assert gather.sent_bytes == 3 * LAYERS * DIM * DIM * 4 // 4
 

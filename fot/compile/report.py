@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from fot import sharding, train_step
 from fot.compile import generations, hlo
 from fot.compile.generations import GIB, Generation
+from fot.compile.groups import mesh_axes
 from fot.config import ExperimentConfig
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -215,7 +216,7 @@ def collectives(program: hlo.Program, mesh: dict[str, int]) -> tuple[Moved, ...]
     """Returns the collectives of a program, those alike added up, most bytes first."""
     runs, sent = collections.Counter(), collections.Counter()
     for each in hlo.collectives(program):
-        axes = " × ".join(hlo.mesh_axes(each.groups, mesh)) or "none"
+        axes = " × ".join(mesh_axes(each.groups, mesh)) or "none"
         runs[each.kind, axes, each.size] += each.runs
         sent[each.kind, axes, each.size] += each.sent_bytes
     return tuple(Moved(*key, runs[key], count) for key, count in sent.most_common())

@@ -43,14 +43,16 @@ def candidates(config: ExperimentConfig, devices: list[jax.Device], shrink: floa
       config: the run.
       devices: of the topology.
       shrink: how many times smaller the memory has to get. As more accumulation or `tensor` divides it at most, what
-        is too near is left out.
+        is too near is left out, and above 1 also what keeps more for the backward pass.
     """
-    remats, own = REMATS[REMATS.index(config.model.remat) :], _shape(config.mesh, devices)
+    own, kept = _shape(config.mesh, devices), REMATS.index(config.model.remat)
+    remats = REMATS[kept:] if shrink > 1 else REMATS
     found = []
-    for data, remat, factor, tensor in itertools.product(_FACTORS, remats, _FACTORS, _FACTORS):
+    for data, remat, factor, split in itertools.product(_FACTORS, remats, _FACTORS, _FACTORS):
+        tensor = split if own is None else split * own["tensor"]
         mesh = MeshConfig(data=data, fsdp=-1, tensor=tensor, sequence=config.mesh.sequence)
-        steps = remats.index(remat) + math.log2(factor * tensor)
-        if remat == config.model.remat and factor * tensor < shrink:
+        steps = abs(REMATS.index(remat) - kept) + math.log2(factor * split)
+        if remat == config.model.remat and factor * split < shrink:
             continue
         try:
             candidate = dataclasses.replace(
