@@ -38,7 +38,7 @@ class Generation(NamedTuple):
 # Google's published figures of chips, halved where a device is a core; `hbm` is what the compiler grants.
 GENERATIONS = {
     "v2": Generation(23e12, int(7.5 * GIB), 350e9, 124e9, 0.7e9, (16, 16)),
-    "v3": Generation(61.5e12, int(15.5 * GIB), 450e9, 164e9, 0.94e9, (32, 32)),
+    "v3": Generation(61.5e12, int(15.48 * GIB), 450e9, 164e9, 0.94e9, (32, 32)),
     "v4": Generation(275e12, int(30.75 * GIB), 1228e9, 300e9, 1.05e9, (16, 16, 16)),
     "v5e": Generation(197e12, int(15.75 * GIB), 819e9, 200e9, 1.5e9, (16, 16)),
     "v5p": Generation(459e12, int(95.74 * GIB), 2765e9, 600e9, 1.75e9, (16, 20, 28)),
