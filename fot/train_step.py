@@ -148,8 +148,8 @@ def _gradients(params: model.Params, batch: Batch, config: ExperimentConfig, pla
     return jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), total), sums
 
 
-def compile_step(config: ExperimentConfig, mesh: Mesh, d: int) -> Callable[[TrainState, Batch], tuple]:
-    """Compiles the train step of one d: (state, batch) -> (state, metrics); the state is given up to it."""
+def lower_step(config: ExperimentConfig, mesh: Mesh, d: int) -> jax.stages.Lowered:
+    """Lowers the train step of one d, without arrays: the mesh may be of devices that are not there (`fot.compile`)."""
     batch = sharding.batch_sharding(mesh)
     abstract = jax.eval_shape(lambda: init_state(config))
     state = sharding.shardings(abstract, mesh)
@@ -161,7 +161,12 @@ def compile_step(config: ExperimentConfig, mesh: Mesh, d: int) -> Callable[[Trai
     )
     shape = (config.data.batch_size, config.data.context)
     whole, half = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    return step.lower(abstract, Batch(whole, whole, half, whole, whole)).compile()
+    return step.lower(abstract, Batch(whole, whole, half, whole, whole))
+
+
+def compile_step(config: ExperimentConfig, mesh: Mesh, d: int) -> Callable[[TrainState, Batch], tuple]:
+    """Compiles the train step of one d: (state, batch) -> (state, metrics); the state is given up to it."""
+    return lower_step(config, mesh, d).compile()
 
 
 def held_out_sums(params: model.Params, batch: Batch, config: ExperimentConfig, d: int) -> Sums:

@@ -23,7 +23,7 @@ FLOORS = (
     ("session", "trained"),
     ("generate",),
     ("evaluate", "convert", "train_step"),
-    ("train",),
+    ("train", "compile"),
     ("demo",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,1 @@
+"""Compiling the train step for TPUs that are not there: what it needs, what it moves, what it may cost."""

@@ -1,0 +1,222 @@
+"""What compiling the train step for a topology tells: memory, collectives, FLOPs, a bound and an estimate of time."""
+
+import collections
+import dataclasses
+import re
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from fot import sharding, train_step
+from fot.compile import generations, hlo
+from fot.compile.generations import GIB, Generation
+from fot.compile.groups import mesh_axes
+from fot.config import ExperimentConfig
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """HBM of one device, in bytes.
+
+    Attributes:
+      arguments: training state and batch.
+      outputs: the new state and metrics.
+      aliased: outputs that take the place of arguments.
+      temporaries: activations, gradients and all else, at the peak.
+      live: arguments + outputs - aliased + temporaries.
+      code: the program itself.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    live: int
+    code: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """Collectives of one kind along the same mesh axes.
+
+    Attributes:
+      kind: such as "all-gather".
+      axes: mesh axes along which the devices of a group differ, joined by ×; "none" for groups of one.
+      devices: in a group.
+      runs: in a step, loops counted.
+      bytes: that one device sends in a step, if each group is a ring.
+    """
+
+    kind: str
+    axes: str
+    devices: int
+    runs: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Seconds that a step takes at least, if all went at the hardware's peak and at the same time.
+
+    Attributes:
+      compute: model FLOPs at the peak of bfloat16; what remat computes again isn't among them.
+      hbm: arguments read, outputs written, temporaries written and read, once each.
+      interconnect: bytes of the collectives over all links.
+    """
+
+    compute: float
+    hbm: float
+    interconnect: float
+
+    @property
+    def step(self) -> float:
+        """The largest of the three."""
+        return max(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A compile-time estimate: the compiler's cost model, not a measurement; without collectives and stalls.
+
+    Attributes:
+      cycles: estimated cycles × trip counts.
+      seconds: of these cycles at the generation's clock.
+      unknown_loops: loops counted once, as their trip count isn't known.
+    """
+
+    cycles: int
+    seconds: float
+    unknown_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is known of a step that compiled; see the classes of the fields."""
+
+    memory: Memory
+    collectives: tuple[Moved, ...]
+    bound: Bound
+    estimate: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One compilation.
+
+    Attributes:
+      topology: such as "v4:4x4x4".
+      devices: of the topology.
+      mesh: size of each axis.
+      d: crossbatch dimension.
+      remat: `model.remat`.
+      accumulation: `train.accumulation`.
+      usable: HBM of a device, bytes.
+      needed: HBM that the step needs, bytes: its live memory and code, or what the compiler says when that is too much.
+      model_flops: of a step, all devices together, by the formula of `fot.flops`.
+      compile_seconds: that the compiler took here.
+      program: of a step that fits; None if it doesn't.
+      compiler: why it doesn't fit, in the compiler's words; "" if it does.
+    """
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    d: int
+    remat: str
+    accumulation: int
+    usable: int
+    needed: int
+    model_flops: int
+    compile_seconds: float
+    program: Program | None
+    compiler: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler found room for the step."""
+        return self.program is not None
+
+
+def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> Report:
+    """Compiles the train step of one d for a topology.
+
+    Args:
+      config: the run; its mesh is laid over the devices of the topology.
+      topology: such as "v4:4x4x4".
+      d: crossbatch dimension.
+      effort: of the compiler's search for a fast program: 0 is that of training, -1 the least.
+
+    Raises:
+      UserError: an unknown topology, libtpu isn't installed, or the mesh doesn't fit devices or model.
+    """
+    generation = generations.check(topology)
+    mesh = sharding.make_mesh(config.mesh, generations.devices(topology))
+    sharding.check_mesh(mesh, config)
+    lowered, began = train_step.lower_step(config, mesh, d), time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": float(effort)})
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, message = None, " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED: ").split())
+    seconds = time.perf_counter() - began
+    model_flops = train_step.step_flops(config, d)
+    program = None if compiled is None else read(compiled, mesh, generation, model_flops)
+    return Report(
+        topology=topology,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        d=d,
+        remat=config.model.remat,
+        accumulation=config.train.accumulation,
+        usable=generation.hbm,
+        needed=exhausted(message) if program is None else program.memory.live + program.memory.code,
+        model_flops=model_flops,
+        compile_seconds=seconds,
+        program=program,
+        compiler=message if program is None else "",
+    )
+
+
+def exhausted(message: str) -> int:
+    """Returns the bytes that the compiler says were needed, 0 if it says no number: the first size in its message."""
+    size = re.search(r"(\d+(?:\.\d+)?)([KMGT]?)i?B?\b", message)
+    return int(float(size[1]) * _UNITS[size[2]]) if size else 0
+
+
+def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, model_flops: int) -> Program:
+    """Returns what a compiled step tells; `model_flops` are those of all devices."""
+    sizes = compiled.memory_analysis()
+    memory = Memory(
+        arguments=sizes.argument_size_in_bytes,
+        outputs=sizes.output_size_in_bytes,
+        aliased=sizes.alias_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        live=sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+    )
+    program = hlo.parse(compiled.as_text())
+    moved, cycles = collectives(program, dict(mesh.shape)), hlo.cycles(program)
+    bound = Bound(
+        compute=model_flops / mesh.size / generation.peak,
+        hbm=(memory.arguments + memory.outputs + 2 * memory.temporaries) / generation.bandwidth,
+        interconnect=sum(each.bytes for each in moved) / generation.interconnect,
+    )
+    estimate = Estimate(cycles.total, cycles.total / generation.clock, cycles.unknown_loops)
+    return Program(memory, moved, bound, estimate)
+
+
+def collectives(program: hlo.Program, mesh: dict[str, int]) -> tuple[Moved, ...]:
+    """Returns the collectives of a program, those alike added up, most bytes first."""
+    runs, sent = collections.Counter(), collections.Counter()
+    for each in hlo.collectives(program):
+        axes = " × ".join(mesh_axes(each.groups, mesh)) or "none"
+        runs[each.kind, axes, each.size] += each.runs
+        sent[each.kind, axes, each.size] += each.sent_bytes
+    return tuple(Moved(*key, runs[key], count) for key, count in sent.most_common())
