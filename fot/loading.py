@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot import memory as memories
 from fot import lean, model, sharding
+from fot import memory as memories
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
