@@ -87,17 +87,20 @@ def measure_jax(length: int, size: Size, memory_dtype: str) -> Times:
     """Reads and decodes with `fot.session`."""
     import jax
 
-    from fot import incremental, model, session, sharding
+    from fot import incremental, lean, model, session, sharding
 
+    lean.return_freed()
     settings = config_lib.GenerateConfig(last_context_length=size.last_context_length, memory_dtype=memory_dtype)
     config = config_lib.ExperimentConfig(
         model=size.model,
         crossbatch=config_lib.CrossbatchConfig(variant="none"),
         data=config_lib.DataConfig(context=size.window),
         generate=settings,
+        evaluate=config_lib.EvaluateConfig(block=size.model.attention_block),
     )
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices())
-    params = incremental.prepare(jax.jit(lambda key: model.init(key, size.model))(jax.random.key(0)), size.model, mesh)
+    init = jax.jit(lambda key: model.init(key, size.model), compiler_options=lean.compiler_options(mesh))
+    params = incremental.prepare(init(jax.random.key(0)), size.model, mesh)
     setup = session.setup_of(config, mesh)
 
     def run(tokens: np.ndarray) -> Times:

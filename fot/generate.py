@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fot import cli, incremental, loading, memory_file, session
+from fot import cli, incremental, lean, loading, memory_file, session
 from fot import config as config_lib
 from fot import trained as trained_model
 from fot.config import ExperimentConfig
@@ -169,6 +169,7 @@ def load(flags: Flags) -> ExperimentConfig:
 
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
+    lean.return_freed()
     generated = set(config_lib.GENERATED_TASKS).intersection(config.data.task)
     if generated:
         raise UserError(

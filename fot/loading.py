@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fot import lean, model, sharding
 from fot import memory as memories
-from fot import model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
@@ -253,6 +253,7 @@ def _program(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
     return jax.jit(
         functools.partial(_read, config=config, reader=reader),
         out_shardings=(pairs, pairs, sharding.batch_sharding(mesh)),
+        compiler_options=lean.compiler_options(mesh),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import cache as caches
-from fot import incremental, loading, model, sharding
+from fot import incremental, lean, loading, model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.cache import Cache, Entries
@@ -336,6 +336,7 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
     entries = Entries((new,) * layers, (new,) * layers, (new,) * memory_layers)
     pairs = place(None, sharding.ROWS, None, _HEADS)
     everywhere = sharding.replicated(mesh)
+    passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
     def extend(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
         return incremental.extend(params, tokens_BT, count_B, cache, config, memory, reader)
@@ -362,9 +363,9 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
 
     return _Programs(
         empty=jax.jit(functools.partial(caches.empty, config), static_argnums=(0, 1), out_shardings=cache),
-        last=jax.jit(last, out_shardings=(everywhere, entries)),
-        each=jax.jit(each, out_shardings=(everywhere, entries)),
-        window=jax.jit(window, out_shardings=(everywhere, (pairs, pairs))),
+        last=passes(last, out_shardings=(everywhere, entries)),
+        each=passes(each, out_shardings=(everywhere, entries)),
+        window=passes(window, out_shardings=(everywhere, (pairs, pairs))),
         append=jax.jit(caches.append, out_shardings=cache, donate_argnums=0),
         forget=jax.jit(caches.forget, out_shardings=cache, donate_argnums=0),
         stored=jax.jit(stored, out_shardings=(pairs, pairs)),

@@ -14,7 +14,7 @@ FLOORS = (
     ("errors",),
     ("config", "files"),
     ("cli",),
-    ("sharding", "attention", "batch", "flops", "metrics", "termination"),
+    ("sharding", "attention", "batch", "flops", "lean", "metrics", "termination"),
     ("memory", "crossbatch", "kernels", "layers"),
     ("readers",),
     ("cache",),
