@@ -53,7 +53,7 @@ def too_large(monkeypatch, cpus_for_tpus, fitting):
     def examine(config, topology, d, effort):
         examined.append(config)
         count = config.train.accumulation
-        full = {} if count > 1 else {"program": None, "needed": report.exhausted(FULL), "compiler": FULL}
+        full = {} if count > 1 else {"fits": False, "program": None, "needed": report.exhausted(FULL), "compiler": FULL}
         return dataclasses.replace(fitting, accumulation=count, topology=topology, **full)
 
     monkeypatch.setattr(report, "examine", examine)
@@ -178,6 +178,7 @@ class TestCommand:
         assert "does not fit" in printed and "suggested: --config.mesh.data=" in printed
         assert too_large[-1].train.accumulation == 2
         (row,) = json.loads(output.read_text())
+        assert (row["report"]["fits"], row["suggested"]["fits"]) == (False, True)
         assert row["suggested"]["accumulation"] == 2 and len(row["tried"]) == len(too_large) - 1
 
     def test_says_when_nothing_fits(self, too_large, capsys):

@@ -9,11 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from fot import sharding, train_step
-from fot.compile import generations, hlo
+from fot.compile import costs, generations, hlo
 from fot.compile.generations import GIB, Generation
 from fot.compile.groups import mesh_axes
 from fot.config import ExperimentConfig
 
+_SHOWN = 5  # arrays and operations in a report
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
@@ -94,12 +95,23 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is known of a step that compiled; see the classes of the fields."""
+    """What is known of a step that compiled; see the classes of the fields.
+
+    Attributes:
+      memory: of a device.
+      collectives: most bytes first.
+      bound: of the step's time.
+      estimate: of the step's time.
+      largest: the largest arrays.
+      costliest: the operations with the most estimated cycles.
+    """
 
     memory: Memory
     collectives: tuple[Moved, ...]
     bound: Bound
     estimate: Estimate
+    largest: tuple[costs.Array, ...]
+    costliest: tuple[costs.Cost, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +129,7 @@ class Report:
       needed: HBM that the step needs, bytes: its live memory and code, or what the compiler says when that is too much.
       model_flops: of a step, all devices together, by the formula of `fot.flops`.
       compile_seconds: that the compiler took here.
+      fits: whether the compiler found room for the step.
       program: of a step that fits; None if it doesn't.
       compiler: why it doesn't fit, in the compiler's words; "" if it does.
     """
@@ -131,13 +144,9 @@ class Report:
     needed: int
     model_flops: int
     compile_seconds: float
+    fits: bool
     program: Program | None
     compiler: str
-
-    @property
-    def fits(self) -> bool:
-        """Whether the compiler found room for the step."""
-        return self.program is not None
 
 
 def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> Report:
@@ -176,6 +185,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
         needed=exhausted(message) if program is None else program.memory.live + program.memory.code,
         model_flops=model_flops,
         compile_seconds=seconds,
+        fits=program is not None,
         program=program,
         compiler=message if program is None else "",
     )
@@ -202,20 +212,20 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, mode
         code=sizes.generated_code_size_in_bytes,
     )
     program = hlo.parse(compiled.as_text())
-    moved, cycles = collectives(program, dict(mesh.shape)), hlo.cycles(program)
+    moved, cycles = collectives(program, dict(mesh.shape)), costs.cycles(program)
     bound = Bound(
         compute=model_flops / mesh.size / generation.peak,
         hbm=(memory.arguments + memory.outputs + 2 * memory.temporaries) / generation.bandwidth,
         interconnect=sum(each.bytes for each in moved) / generation.interconnect,
     )
     estimate = Estimate(cycles.total, cycles.total / generation.clock, cycles.unknown_loops)
-    return Program(memory, moved, bound, estimate)
+    return Program(memory, moved, bound, estimate, costs.largest(program, _SHOWN), costs.costliest(program, _SHOWN))
 
 
 def collectives(program: hlo.Program, mesh: dict[str, int]) -> tuple[Moved, ...]:
     """Returns the collectives of a program, those alike added up, most bytes first."""
     runs, sent = collections.Counter(), collections.Counter()
-    for each in hlo.collectives(program):
+    for each in costs.collectives(program):
         axes = " × ".join(mesh_axes(each.groups, mesh)) or "none"
         runs[each.kind, axes, each.size] += each.runs
         sent[each.kind, axes, each.size] += each.sent_bytes

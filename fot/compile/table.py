@@ -44,6 +44,8 @@ def _program(program: Program) -> list[str]:
         for each in program.collectives
     ]
     lines = [f"HBM of a device, GiB: {', '.join(sizes)}"]
+    lines += ["largest arrays of a device, GiB"]
+    lines += [f"  {_gib(array.bytes):>5}  {array.shape}  {array.source}" for array in program.largest]
     lines += _columns([("collectives", "mesh axis", "devices", "runs a step", "GiB sent by a device"), *rows])
     times = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in dataclasses.asdict(bound).items())
     lines.append(f"roofline bound of a step: at least {1e3 * bound.step:.1f} ms ({times})")
@@ -51,6 +53,8 @@ def _program(program: Program) -> list[str]:
         f"compile-time estimate, not a measurement: {estimate.cycles:.3e} cycles, {1e3 * estimate.seconds:.1f} ms "
         "without collectives"
     )
+    for cost in program.costliest:
+        lines.append(f"  {cost.cycles / estimate.cycles:4.0%}  {cost.source}")
     if estimate.unknown_loops:
         lines.append(f"  {estimate.unknown_loops} loops of unknown length are counted once")
     return lines
