@@ -129,9 +129,9 @@ class Report:
       needed: HBM that the step needs, bytes: its live memory and code, or what the compiler says when that is too much.
       model_flops: of a step, all devices together, by the formula of `fot.flops`.
       compile_seconds: that the compiler took here.
-      fits: whether the compiler found room for the step.
-      program: of a step that fits; None if it doesn't.
-      compiler: why it doesn't fit, in the compiler's words; "" if it does.
+      fits: whether the compiler found room for the step, and needed what is usable at most.
+      program: of a step that compiled; None if it didn't for want of memory.
+      compiler: why it didn't, in the compiler's words; "" if it did.
     """
 
     topology: str
@@ -174,6 +174,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
     seconds = time.perf_counter() - began
     model_flops = train_step.step_flops(config, d)
     program = None if compiled is None else read(compiled, mesh, generation, model_flops)
+    needed = exhausted(message) if program is None else program.memory.live + program.memory.code
     return Report(
         topology=topology,
         devices=mesh.size,
@@ -182,10 +183,11 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
         remat=config.model.remat,
         accumulation=config.train.accumulation,
         usable=generation.hbm,
-        needed=exhausted(message) if program is None else program.memory.live + program.memory.code,
+        needed=needed,
         model_flops=model_flops,
         compile_seconds=seconds,
-        fits=program is not None,
+        # The compiler lets some programs pass that are larger than what it grants.
+        fits=program is not None and needed <= generation.hbm,
         program=program,
         compiler=message if program is None else "",
     )

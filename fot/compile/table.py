@@ -30,10 +30,10 @@ def full(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """Returns whether the step fits and by how much."""
-    room = (report.usable - report.needed) / GIB
+    sizes = f"{_gib(report.needed)} GiB of {_gib(report.usable)} a device"
     if report.fits:
-        return f"fits: {_gib(report.needed)} GiB of {_gib(report.usable)} a device, {room:.2f} left"
-    return f"does not fit: {report.compiler}"
+        return f"fits: {sizes}, {_gib(report.usable - report.needed)} left"
+    return f"does not fit: {report.compiler or f'{sizes}, {_gib(report.needed - report.usable)} too many'}"
 
 
 def _program(program: Program) -> list[str]:
