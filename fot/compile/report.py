@@ -15,7 +15,7 @@ from fot.compile.groups import mesh_axes
 from fot.config import ExperimentConfig
 
 _SHOWN = 5  # arrays and operations in a report
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
 
 def exhausted(message: str) -> int:
     """Returns the bytes that the compiler says were needed, 0 if it says no number: the first size in its message."""
-    size = re.search(r"(\d+(?:\.\d+)?)([KMGT]?)i?B?\b", message)
+    size = re.search(r"(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)
     return int(float(size[1]) * _UNITS[size[2]]) if size else 0
 
 
