@@ -53,7 +53,7 @@ def too_large(monkeypatch, cpus_for_tpus, fitting):
     def examine(config, topology, d, effort):
         examined.append(config)
         count = config.train.accumulation
-        full = {} if count > 1 else {"program": None, "needed": report.exhausted(FULL), "compiler": FULL}
+        full = {} if count > 1 else {"fits": False, "program": None, "needed": report.exhausted(FULL), "compiler": FULL}
         return dataclasses.replace(fitting, accumulation=count, topology=topology, **full)
 
     monkeypatch.setattr(report, "examine", examine)
@@ -128,6 +128,19 @@ def test_a_step_that_does_not_fit_is_a_report(monkeypatch, cpus_for_tpus):
     assert "does not fit: Ran out of memory on HBM, the temporaries (94.19G)" in table.full(done)
 
 
+def test_a_step_that_compiled_to_more_than_there_is_does_not_fit(monkeypatch, cpus_for_tpus, fitting):
+    class Compiled:
+        def compile(self, compiler_options):
+            return self
+
+    memory = dataclasses.replace(fitting.program.memory, live=40 * GIB, code=0)
+    monkeypatch.setattr(train_step, "lower_step", lambda config, mesh, d: Compiled())
+    monkeypatch.setattr(report, "read", lambda *_: dataclasses.replace(fitting.program, memory=memory))
+    done = report.examine(SMALL, "v4:2x2x1", 2, 0.0)
+    assert not done.fits and done.program is not None
+    assert "does not fit: 40.00 GiB of 30.75 a device, 9.25 too many" in table.full(done)
+
+
 def test_candidates_divide_the_devices_and_begin_near_the_config():
     config = of_mesh(fsdp=8)
     found = search.candidates(config, jax.devices(), 1)
@@ -178,6 +191,7 @@ class TestCommand:
         assert "does not fit" in printed and "suggested: --config.mesh.data=" in printed
         assert too_large[-1].train.accumulation == 2
         (row,) = json.loads(output.read_text())
+        assert (row["report"]["fits"], row["suggested"]["fits"]) == (False, True)
         assert row["suggested"]["accumulation"] == 2 and len(row["tried"]) == len(too_large) - 1
 
     def test_says_when_nothing_fits(self, too_large, capsys):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fot.compile import hlo
+from fot.compile import costs, hlo
 from fot.compile.groups import groups, mesh_axes
 
 # A loop of 3 in a loop of 5, whose limits a condition and a carried constant tell; every form of a collective.
@@ -96,7 +96,7 @@ ENTRY %main (x: f32[16,8], v: bf16[4], which: pred[]) -> (f32[4,8], bf16[4]) {
 
 
 def test_collectives_of_a_program_by_kind_bytes_and_runs():
-    found = {each.kind: each for each in hlo.collectives(hlo.parse(TEXT))}
+    found = {each.kind: each for each in costs.collectives(hlo.parse(TEXT))}
     assert found.keys() == {"all-gather", "reduce-scatter", "collective-permute"}
     gather = found["all-gather"]
     assert (gather.runs, gather.operand_bytes, gather.size, gather.sent_bytes) == (15, 8, 2, 15 * 8)
@@ -110,12 +110,24 @@ def test_collectives_of_a_program_by_kind_bytes_and_runs():
 
 
 def test_cycles_are_those_of_what_runs_times_the_trips():
-    assert hlo.cycles(hlo.parse(TEXT)) == hlo.Cycles(15 * 100 + 11, 0)
+    assert costs.cycles(hlo.parse(TEXT)) == costs.Cycles(15 * 100 + 11, 0)
+
+
+def test_what_costs_most_and_what_is_largest_come_with_their_source():
+    text = TEXT.replace(
+        "calls=%slice,", 'calls=%slice, metadata={op_name="jit(step)/jvp()/while/mul" stack_frame_id=1},'
+    )
+    program = hlo.parse(text)
+    assert costs.costliest(program, 5) == (costs.Cost("jvp()/while/mul", 1500), costs.Cost("fusion", 11))
+    assert costs.largest(program, 2) == (
+        costs.Array("f32[4,8]", "fusion", 128),
+        costs.Array("bf16[8]", "all-gather-start", 16),
+    )
 
 
 def test_a_loop_whose_limit_is_not_known_counts_once_and_is_told():
     unknown = TEXT.replace("constant(5)", "parameter(3)")
-    assert hlo.cycles(hlo.parse(unknown)) == hlo.Cycles(3 * 100 + 11, 1)
+    assert costs.cycles(hlo.parse(unknown)) == costs.Cycles(3 * 100 + 11, 1)
 
 
 def test_a_text_without_an_entry_is_refused():
@@ -192,16 +204,16 @@ def compiled():
 
 
 def test_weights_of_a_compiled_loop_are_gathered_once_a_layer(compiled):
-    (gather,) = [each for each in hlo.collectives(hlo.parse(compiled.as_text())) if each.kind == "all-gather"]
+    (gather,) = [each for each in costs.collectives(hlo.parse(compiled.as_text())) if each.kind == "all-gather"]
     assert mesh_axes(gather.groups, {"fsdp": 4, "tensor": 2}) == ("fsdp",)
     assert gather.runs * gather.operand_bytes == LAYERS * DIM * DIM * 4 // 4
     assert gather.sent_bytes == 3 * LAYERS * DIM * DIM * 4 // 4
 
 
 def test_a_cpu_has_no_estimate(compiled):
-    assert hlo.cycles(hlo.parse(compiled.as_text())) == hlo.Cycles(0, 0)
+    assert costs.cycles(hlo.parse(compiled.as_text())) == costs.Cycles(0, 0)
 
 
 def test_a_loop_that_ends_by_what_it_computes_is_unknown():
     compiled = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 3.0, lambda x: x * 1.5, x)).lower(1.0).compile()
-    assert hlo.cycles(hlo.parse(compiled.as_text())).unknown_loops == 1
+    assert costs.cycles(hlo.parse(compiled.as_text())).unknown_loops == 1

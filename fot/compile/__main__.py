@@ -34,7 +34,8 @@ class Flags:
     Attributes:
       topology: generation:AxB or generation:AxBxC, such as v4:4x4x4; or all.
       d: crossbatch dimension of the step, one of `crossbatch.d`; 0 is the largest.
-      effort: of the compiler: 0 as in training, -1 compiles several times faster to about the same memory.
+      effort: of the compiler: 0 as in training; -1 compiles several times faster to about the same memory, but to a
+        slower program, so compare estimates of the same effort only.
       search: compile other meshes, remat and accumulation too, even if the step fits, and suggest the best.
       tries: how many other settings are compiled; 0 is none.
       output: JSON file for all reports; "" writes none.

@@ -1,4 +1,4 @@
-"""A compiled program's text (HLO after optimization) as data: its loops, its collectives, the compiler's cycles.
+"""A compiled program's text (HLO after optimization) as data: instructions, sizes, loops and what runs how often.
 
 A line is an instruction: `%name = shape opcode(%operand, …), attribute=…`; instructions come in computations, and some
 name others that they run: a loop its body, a conditional its branches, a fusion what it fuses. Text is all that the
@@ -8,21 +8,8 @@ compilers of every backend hand out, so text is read here.
 import collections
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from fot.compile.groups import Groups, groups
-
-# What a device sends in a ring, in units of its operand, by the number of devices in the ring.
-SENT = {
-    "all-gather": lambda n: n - 1,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "ragged-all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-    "collective-broadcast": lambda n: 1,
-}
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _PASSES_ON = ("copy", "bitcast", "convert", "reshape", "opt-barrier")
 # Attributes that name computations an instruction runs once; a loop's body is another matter.
@@ -75,44 +62,6 @@ class Program(NamedTuple):
     devices: int
 
 
-class Collective(NamedTuple):
-    """A collective instruction, by all its runs in one execution of the program.
-
-    Attributes:
-      kind: a key of `SENT`; a fusion that all-reduces and keeps its own part is a reduce-scatter.
-      groups: devices that exchange with each other, numbered as in the flattened mesh; pairs of a permute.
-      operand_bytes: of the operands on one device.
-      runs: how often it runs, loops counted.
-    """
-
-    kind: str
-    groups: Groups
-    operand_bytes: int
-    runs: int
-
-    @property
-    def size(self) -> int:
-        """Devices in a group."""
-        return max(map(len, self.groups), default=1)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that one device sends in all runs, if the group is a ring."""
-        return int(self.runs * self.operand_bytes * SENT[self.kind](self.size)) if self.size > 1 else 0
-
-
-class Cycles(NamedTuple):
-    """The compiler's estimate for one execution on one device, collectives left out.
-
-    Attributes:
-      total: cycles, loop bodies times their trip counts; of conditionals every branch is counted.
-      unknown_loops: loops whose trip count the text doesn't tell, counted once.
-    """
-
-    total: int
-    unknown_loops: int
-
-
 def parse(text: str) -> Program:
     """Reads the text that `compiled.as_text()` gives.
 
@@ -163,10 +112,11 @@ def _closing(text: str, opening: int) -> int:
 
 def shape_bytes(shape: str) -> int:
     """Returns the bytes of an array, or of all arrays of a tuple, without padding."""
-    return sum(_bits(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _arrays(shape)) // 8
+    return sum(_bits(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays(shape)) // 8
 
 
-def _arrays(shape: str) -> list[tuple[str, str]]:
+def arrays(shape: str) -> list[tuple[str, str]]:
+    """Returns type and dimensions, as written, of an array or of each array of a tuple."""
     return re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
 
 
@@ -221,7 +171,7 @@ def _constant(computation: Computation, name: str) -> int | None:
     return int(instruction.arguments)
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """A computation that runs `times` in an execution; `unknown` of the loops in it have no trip count."""
 
     computation: Computation
@@ -229,7 +179,7 @@ class _Run(NamedTuple):
     unknown: int
 
 
-def _runs(program: Program) -> list[_Run]:
+def runs(program: Program) -> list[Run]:
     """Returns every computation that runs instruction by instruction, with how often."""
     times: collections.Counter[str] = collections.Counter()
     unknown: collections.Counter[str] = collections.Counter()
@@ -247,49 +197,4 @@ def _runs(program: Program) -> list[_Run]:
                     visit(callee, count)
 
     visit(program.entry, 1)
-    return [_Run(program.computations[name], count, unknown[name]) for name, count in times.items()]
-
-
-def cycles(program: Program) -> Cycles:
-    """Returns the compiler's estimate of cycles; 0 where it writes none, as on a CPU."""
-    total = unknown = 0
-    for run in _runs(program):
-        texts = (instruction.attributes for instruction in run.computation.values())
-        found = (re.search(r'"estimated_cycles":"(\d+)"', text) for text in texts)
-        total += run.times * sum(int(match[1]) for match in found if match)
-        unknown += run.unknown
-    return Cycles(total, unknown)
-
-
-def collectives(program: Program) -> list[Collective]:
-    """Returns the collectives of all that runs, those inside fusions included."""
-    return [
-        Collective(
-            kind, groups(instruction.attributes, program.devices), _operand_bytes(computation, instruction), times
-        )
-        for run, times, _ in _runs(program)
-        for computation, instruction, kind in _operations(program, run)
-        if kind in SENT
-    ]
-
-
-def _operations(program: Program, computation: Computation) -> Iterator[tuple[Computation, Instruction, str]]:
-    """Yields the instructions of a computation and of its fusions, each with where it stands and what it does.
-
-    A fusion of an all-reduce and the slice of it that the device keeps is the TPU's form of a reduce-scatter.
-    """
-    for instruction in computation.values():
-        yield computation, instruction, instruction.opcode.removesuffix("-start")
-        if instruction.opcode == "fusion":
-            fused = program.computations[named(instruction.attributes, "calls")[0]]
-            for place, inner, kind in _operations(program, fused):
-                keeps = kind == "all-reduce" and any(user.opcode == "dynamic-slice" for user in _users(place, inner))
-                yield place, inner, "reduce-scatter" if keeps else kind
-
-
-def _operand_bytes(computation: Computation, instruction: Instruction) -> int:
-    return sum(shape_bytes(computation[name].shape) for name in instruction.operands if name in computation)
-
-
-def _users(computation: Computation, instruction: Instruction) -> list[Instruction]:
-    return [other for other in computation.values() if instruction.name in other.operands]
+    return [Run(program.computations[name], count, unknown[name]) for name, count in times.items()]

@@ -9,12 +9,13 @@ import jax
 from jax.sharding import Mesh
 
 from fot import sharding, train_step
-from fot.compile import generations, hlo
+from fot.compile import costs, generations, hlo
 from fot.compile.generations import GIB, Generation
 from fot.compile.groups import mesh_axes
 from fot.config import ExperimentConfig
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+_SHOWN = 5  # arrays and operations in a report
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +95,23 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is known of a step that compiled; see the classes of the fields."""
+    """What is known of a step that compiled; see the classes of the fields.
+
+    Attributes:
+      memory: of a device.
+      collectives: most bytes first.
+      bound: of the step's time.
+      estimate: of the step's time.
+      largest: the largest arrays.
+      costliest: the operations with the most estimated cycles.
+    """
 
     memory: Memory
     collectives: tuple[Moved, ...]
     bound: Bound
     estimate: Estimate
+    largest: tuple[costs.Array, ...]
+    costliest: tuple[costs.Cost, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +129,9 @@ class Report:
       needed: HBM that the step needs, bytes: its live memory and code, or what the compiler says when that is too much.
       model_flops: of a step, all devices together, by the formula of `fot.flops`.
       compile_seconds: that the compiler took here.
-      program: of a step that fits; None if it doesn't.
-      compiler: why it doesn't fit, in the compiler's words; "" if it does.
+      fits: whether the compiler found room for the step, and needed what is usable at most.
+      program: of a step that compiled; None if it didn't for want of memory.
+      compiler: why it didn't, in the compiler's words; "" if it did.
     """
 
     topology: str
@@ -131,13 +144,9 @@ class Report:
     needed: int
     model_flops: int
     compile_seconds: float
+    fits: bool
     program: Program | None
     compiler: str
-
-    @property
-    def fits(self) -> bool:
-        """Whether the compiler found room for the step."""
-        return self.program is not None
 
 
 def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> Report:
@@ -165,6 +174,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
     seconds = time.perf_counter() - began
     model_flops = train_step.step_flops(config, d)
     program = None if compiled is None else read(compiled, mesh, generation, model_flops)
+    needed = exhausted(message) if program is None else program.memory.live + program.memory.code
     return Report(
         topology=topology,
         devices=mesh.size,
@@ -173,9 +183,11 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
         remat=config.model.remat,
         accumulation=config.train.accumulation,
         usable=generation.hbm,
-        needed=exhausted(message) if program is None else program.memory.live + program.memory.code,
+        needed=needed,
         model_flops=model_flops,
         compile_seconds=seconds,
+        # The compiler lets some programs pass that are larger than what it grants.
+        fits=program is not None and needed <= generation.hbm,
         program=program,
         compiler=message if program is None else "",
     )
@@ -183,7 +195,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
 
 def exhausted(message: str) -> int:
     """Returns the bytes that the compiler says were needed, 0 if it says no number: the first size in its message."""
-    size = re.search(r"(\d+(?:\.\d+)?)([KMGT]?)i?B?\b", message)
+    size = re.search(r"(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)
     return int(float(size[1]) * _UNITS[size[2]]) if size else 0
 
 
@@ -202,20 +214,20 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, mode
         code=sizes.generated_code_size_in_bytes,
     )
     program = hlo.parse(compiled.as_text())
-    moved, cycles = collectives(program, dict(mesh.shape)), hlo.cycles(program)
+    moved, cycles = collectives(program, dict(mesh.shape)), costs.cycles(program)
     bound = Bound(
         compute=model_flops / mesh.size / generation.peak,
         hbm=(memory.arguments + memory.outputs + 2 * memory.temporaries) / generation.bandwidth,
         interconnect=sum(each.bytes for each in moved) / generation.interconnect,
     )
     estimate = Estimate(cycles.total, cycles.total / generation.clock, cycles.unknown_loops)
-    return Program(memory, moved, bound, estimate)
+    return Program(memory, moved, bound, estimate, costs.largest(program, _SHOWN), costs.costliest(program, _SHOWN))
 
 
 def collectives(program: hlo.Program, mesh: dict[str, int]) -> tuple[Moved, ...]:
     """Returns the collectives of a program, those alike added up, most bytes first."""
     runs, sent = collections.Counter(), collections.Counter()
-    for each in hlo.collectives(program):
+    for each in costs.collectives(program):
         axes = " × ".join(mesh_axes(each.groups, mesh)) or "none"
         runs[each.kind, axes, each.size] += each.runs
         sent[each.kind, axes, each.size] += each.sent_bytes

@@ -30,10 +30,10 @@ def full(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """Returns whether the step fits and by how much."""
-    room = (report.usable - report.needed) / GIB
+    sizes = f"{_gib(report.needed)} GiB of {_gib(report.usable)} a device"
     if report.fits:
-        return f"fits: {_gib(report.needed)} GiB of {_gib(report.usable)} a device, {room:.2f} left"
-    return f"does not fit: {report.compiler}"
+        return f"fits: {sizes}, {_gib(report.usable - report.needed)} left"
+    return f"does not fit: {report.compiler or f'{sizes}, {_gib(report.needed - report.usable)} too many'}"
 
 
 def _program(program: Program) -> list[str]:
@@ -44,6 +44,8 @@ def _program(program: Program) -> list[str]:
         for each in program.collectives
     ]
     lines = [f"HBM of a device, GiB: {', '.join(sizes)}"]
+    lines += ["largest arrays of a device, GiB"]
+    lines += [f"  {_gib(array.bytes):>5}  {array.shape}  {array.source}" for array in program.largest]
     lines += _columns([("collectives", "mesh axis", "devices", "runs a step", "GiB sent by a device"), *rows])
     times = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in dataclasses.asdict(bound).items())
     lines.append(f"roofline bound of a step: at least {1e3 * bound.step:.1f} ms ({times})")
@@ -51,6 +53,8 @@ def _program(program: Program) -> list[str]:
         f"compile-time estimate, not a measurement: {estimate.cycles:.3e} cycles, {1e3 * estimate.seconds:.1f} ms "
         "without collectives"
     )
+    for cost in program.costliest:
+        lines.append(f"  {cost.cycles / estimate.cycles:4.0%}  {cost.source}")
     if estimate.unknown_loops:
         lines.append(f"  {estimate.unknown_loops} loops of unknown length are counted once")
     return lines
