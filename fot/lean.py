@@ -1,6 +1,7 @@
 """What keeps the peak memory of a process on the CPU low; no result changes."""
 
 import ctypes
+import functools
 import sys
 
 import jax
@@ -19,8 +20,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
+@functools.cache  # one listener, however often it is called
 def return_freed() -> None:
-    """Makes this process give freed memory back to the system; without glibc it does nothing. To be called once.
+    """Makes this process give freed memory back to the system; without glibc it does nothing.
 
     Left alone, glibc keeps arrays of up to 32 MiB for itself once one of that size was freed, and what a compilation
     used as long as something lies behind it.
