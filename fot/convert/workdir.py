@@ -44,8 +44,8 @@ def write(target: pathlib.Path, opened: Source, config: ExperimentConfig, read: 
 
     Args:
       target: the workdir, which must not exist.
-      opened: where the weights come from.
-      config: of the run that the checkpoint is stored with; its tokenizer becomes that of `opened`.
+      opened: where the weights come from, and the tokenizer, which `trained.load_config` finds in the workdir.
+      config: of the run that the checkpoint is stored with.
       read: the weights.
 
     Raises:
@@ -54,10 +54,6 @@ def write(target: pathlib.Path, opened: Source, config: ExperimentConfig, read: 
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     sharding.check_mesh(mesh, config)
-    main = next((name for name in source.TOKENIZER_FILES if name in opened.tokenizer), None)
-    if main is not None:
-        place = str(trained.tokenizer_folder(target.absolute()) / main)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer_file=place))
     with files.new_folder(target, REMEDY) as folder:
         write_files(trained.tokenizer_folder(folder), opened.tokenizer)
         write_files(folder, {ORIGIN: json.dumps(dataclasses.asdict(opened.origin), indent=1).encode()})
