@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fot.compile.generations import GIB
 from fot.compile.report import Program, Report
+from fot.evaluate.text import aligned
 
 
 def settings(report: Report) -> str:
@@ -46,7 +47,8 @@ def _program(program: Program) -> list[str]:
     lines = [f"HBM of a device, GiB: {', '.join(sizes)}"]
     lines += ["largest arrays of a device, GiB"]
     lines += [f"  {_gib(array.bytes):>5}  {array.shape}  {array.source}" for array in program.largest]
-    lines += _columns([("collectives", "mesh axis", "devices", "runs a step", "GiB sent by a device"), *rows])
+    header = ("collectives", "mesh axis", "devices", "runs a step", "GiB sent by a device")
+    lines += aligned([header, *rows], left=len(header))
     times = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in dataclasses.asdict(bound).items())
     lines.append(f"roofline bound of a step: at least {1e3 * bound.step:.1f} ms ({times})")
     lines.append(
@@ -76,12 +78,7 @@ def summary(rows: Sequence[tuple[str, Report | str]]) -> str:
         lines.append((topology, f"{report.devices}", _gib(report.needed), _gib(report.usable), fits, *times))
     notes = [f"{topology}: {reason}" for topology, reason in rows if isinstance(reason, str)]
     explained = "estimate: a compile-time estimate, not a measurement, without collectives"
-    return "\n".join([*_columns(lines), explained, *notes])
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*aligned(lines, left=len(header)), explained, *notes])
 
 
 def _gib(size: int) -> str:

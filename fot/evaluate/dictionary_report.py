@@ -10,7 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from fot import files
-from fot.evaluate import picture, sizes
+from fot.evaluate import picture, sizes, text
 
 JSON_FILE, PLOT_FILE = "dictionary.json", "dictionary.png"
 PLAIN = "plain transformer"
@@ -102,7 +102,7 @@ def table(curves: Sequence[Curve]) -> str:
             lines.append([curve.label if what == "token" else "", f"{what}s", *shown])
     asked = sorted({found.questions for curve in curves for found in curve.points})
     title = f"Accuracy by memory length in tokens, ± standard error ({asked[0]:,} questions at each)"
-    return "\n".join([title, *_aligned(lines), _paper()])
+    return "\n".join([title, *text.aligned(lines, left=2), _paper()])
 
 
 def _paper() -> str:
@@ -114,16 +114,6 @@ def _paper() -> str:
 
 def _percent(value: float, error: float) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}%"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in lines
-    ]
 
 
 _COLORS = ("#2563eb", "#059669", "#c026d3", "#d97706", "#0891b2", "#4d7c0f")
