@@ -93,6 +93,17 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, scaling: Rope
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+def sharpen(q_BTNH: jax.Array, keys_B: jax.Array, known: int) -> jax.Array:
+    """Scales queries by log n / log `known` in rows with more than `known` keys n in view (Chiang and Cholak, 2022).
+
+    The softmax over n keys gets flatter as n grows; so its logits grow with it. A `known` of 0 changes nothing.
+    """
+    if known == 0:
+        return q_BTNH
+    scale_B = jnp.log(jnp.maximum(keys_B, known).astype(jnp.float32) / known) / math.log(known) + 1
+    return (q_BTNH * scale_B[:, None, None, None]).astype(q_BTNH.dtype)
+
+
 def merge(*parts: Partial) -> Partial:
     """Joins partial attentions over disjoint key sets into the one softmax over their union.
 

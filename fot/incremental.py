@@ -99,6 +99,8 @@ def extend(
         rotated = not is_memory or config.memory_positions == "zero"
         if is_memory:
             stored.append(k)
+            if memory is not None:
+                q = attention.sharpen(q, memory.length, config.logn_keys)
         if rotated:
             q, k = (attention.rope(x, place_BT, config.rope_theta, config.rope_scaling) for x in (q, k))
         keys.append(k)

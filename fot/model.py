@@ -243,6 +243,8 @@ def _memory_layer(
     block = block_of(config, layer)
     tokens, table = source.tokens, source.table
     q, k, v = block.project(x_BTD)
+    if source.memory is not None:
+        q = attention.sharpen(q, source.memory.length, config.logn_keys)
     place = _POSITIONS[config.memory_positions]
     rows = np.arange(len(x_BTD)) if keep is None else keep
     q, x_BTD, queries = place(q[rows], config), x_BTD[rows], Tokens(tokens.documents[rows], tokens.positions[rows])

@@ -22,6 +22,7 @@ MODELS = {
     "one": dataclasses.replace(MODEL, memory_layers=(2,), tied_embeddings=True, rope_theta=1e6),
     "none": dataclasses.replace(MODEL, memory_layers=(), kv_heads=4),
     "no_positions": dataclasses.replace(MODEL, memory_positions="none", kv_heads=1),
+    "logn": dataclasses.replace(MODEL, logn_keys=10),
     "bias_llama3": dataclasses.replace(
         MODEL,
         qkv_bias=True,

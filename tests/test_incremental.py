@@ -18,6 +18,7 @@ MODELS = {
     "qk_norm_grouped": SMALL,
     "llama_bias": dataclasses.replace(SMALL, memory_positions="zero", qk_norm=False, qkv_bias=True, mlp="swiglu"),
     "gate": dataclasses.replace(SMALL, memory_layers=(2,), memory_gate=True),
+    "logn": dataclasses.replace(SMALL, logn_keys=4),
     "no_memory": dataclasses.replace(SMALL, memory_layers=()),
 }
 

@@ -340,6 +340,45 @@ def test_reading_a_memory_of_all_documents_equals_crossbatch_with_negatives():
     close(window(params(config), memories, (1, 3)).hidden, trained.hidden)
 
 
+# Log-n scaling.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_grow_with_the_logarithm_of_the_keys_in_memory(name):
+    """A memory layer then reads as one whose queries are longer by log n / log logn_keys."""
+    config = dataclasses.replace(CONFIGS[name], logn_keys=4)
+    [layer] = config.memory_layers
+    first = evaluate(params(config), KEEP - 1, None, config, None)
+    documents = np.where(np.arange(T) < np.array([[T], [4]]), DOCUMENTS[KEEP - 1], -1)
+    memories, reader = written(config, first, documents), Reader("dense", 1, 5, True, 0.9, 4, 2)
+    found = evaluate(params(config), KEEP, memories, config, reader)
+    for row, keys in enumerate((T, 4)):
+        longer = jax.tree.map(jnp.asarray, params(config))
+        attention_params, factor = longer["layers"]["attention"], np.log(keys) / np.log(4)
+        if config.qk_norm:
+            attention_params["temperature"] = attention_params["temperature"].at[layer].add(-np.log(factor))
+        else:
+            for part in ("query", "query_bias"):
+                attention_params[part] = attention_params[part].at[layer].multiply(factor)
+        wanted = evaluate(longer, KEEP, memories, dataclasses.replace(config, logn_keys=0), reader)
+        close(found.hidden[row], wanted.hidden[row])
+
+
+def test_few_keys_change_no_bit_by_log_n_scaling():
+    first = evaluate(params(PAPER), KEEP - 1, None, PAPER, None)
+    memories, reader = written(PAPER, first, DOCUMENTS[KEEP - 1]), Reader("dense", 1, 5, True, 0.9, 4, 2)
+    outputs = [
+        evaluate(params(PAPER), KEEP, memories, dataclasses.replace(PAPER, logn_keys=keys), reader)
+        for keys in (0, T, 100)
+    ]
+    for output in outputs[1:]:
+        same(output, outputs[0])
+    assert (
+        evaluate(params(PAPER), KEEP, memories, dataclasses.replace(PAPER, logn_keys=T - 1), reader).hidden
+        != outputs[0].hidden
+    ).any()
+
+
 # The gate.
 
 

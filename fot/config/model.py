@@ -62,6 +62,9 @@ class ModelConfig:
       qk_norm: L2-normalised queries and keys with a learnable temperature per head (the paper's small models).
       qk_scale: for qk_norm: what the inner products are multiplied by at first, 1/τ; about log2 of the square of the
         keys in view (Henry et al., 2020).
+      logn_keys: log-n scaling (Chiang and Cholak, 2022): with n keys in a row's memory, more than this, logits of
+        memory layers are multiplied by log n / log logn_keys, so that attention stays as sharp among many keys as it is
+        among those of training; 0 never does it. Crossbatch training has no memory, and isn't changed by it.
       memory_gate: combine local and memory attention by a learned gate per head (Memorizing Transformer) and not
         in one softmax.
       compute_dtype: dtype of activations and matrix products; parameters are stored in float32.
@@ -85,6 +88,7 @@ class ModelConfig:
     memory_positions: str = "none"
     qk_norm: bool = True
     qk_scale: float = 12.0
+    logn_keys: int = 0
     memory_gate: bool = False
     tied_embeddings: bool = True
     qkv_bias: bool = False
@@ -104,6 +108,7 @@ class ModelConfig:
         one_of(self, "memory_positions", MEMORY_POSITIONS)
         one_of(self, "compute_dtype", DTYPES)
         one_of(self, "remat", REMATS)
+        require(self.logn_keys == 0 or self.logn_keys >= 2, f"logn_keys={self.logn_keys} must be 0 (off) or at least 2")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         require(
             self.heads % self.kv_heads == 0,

@@ -101,6 +101,7 @@ def read(values: Mapping[str, Any], name: str, context: int) -> tuple[ModelConfi
             memory_layers=tuple(sorted(layers)),
             memory_positions="zero" if positions else "none",
             qk_norm=False,
+            logn_keys=fields.get("logn_keys", int, 0),
             tied_embeddings=fields.get("tie_word_embeddings", bool, False),
             qkv_bias=bias or kind == "qwen2",
             rope_theta=_rope_theta(fields),
@@ -154,6 +155,7 @@ def write_longllama(model: ModelConfig, origin: Origin, context: int, dtype: str
         "mem_positionals": model.memory_positions == "zero",
         "mem_dtype": origin.mem_dtype,
         "last_context_length": origin.last_context_length,
+        "logn_keys": model.logn_keys,
     }
 
 

@@ -17,6 +17,8 @@ class LongLlamaConfig(LlamaConfig):
         mem_dtype: what memory keys and values are stored as, one of `MEMORY_DTYPES`.
         last_context_length: tokens, at the end of an input, that stay in the local cache; all before them go to memory
             in windows of `max_position_embeddings` tokens.
+        logn_keys: with more keys n than this in a row's memory, logits of memory layers are multiplied by
+            log n / log logn_keys; 0 never does it.
         attention_bias: whether the projections to queries, keys and values have biases.
         attention_output_bias: whether the projection of attention's output has one.
         mem_attention_grouping: kept for older readers; attention is done in blocks anyway.
@@ -24,7 +26,8 @@ class LongLlamaConfig(LlamaConfig):
         gradient_checkpoint_every_ith: kept for older readers.
 
     Raises:
-        ValueError: a memory layer that doesn't exist, an unknown mem_dtype, a last_context_length below 1.
+        ValueError: a memory layer that doesn't exist, an unknown mem_dtype, a last_context_length below 1, a
+            logn_keys that is neither 0 nor 2 or more.
     """
 
     model_type = "longllama"
@@ -34,6 +37,7 @@ class LongLlamaConfig(LlamaConfig):
     mem_positionals: bool = True
     mem_dtype: str = "bfloat16"
     last_context_length: int = 1024
+    logn_keys: int = 0
     attention_output_bias: bool = False
     mem_attention_grouping: list[int] | tuple[int, ...] | None = None
     torch_attention: bool = False
@@ -72,3 +76,5 @@ class LongLlamaConfig(LlamaConfig):
             raise ValueError(f"mem_dtype must be one of {MEMORY_DTYPES}, got {self.mem_dtype!r}")
         if self.last_context_length < 1:
             raise ValueError(f"last_context_length must be at least 1, got {self.last_context_length}")
+        if self.logn_keys < 0 or self.logn_keys == 1:
+            raise ValueError(f"logn_keys must be 0 or at least 2, got {self.logn_keys}")

@@ -162,6 +162,10 @@ class LongLlamaCache(Cache):
         self.local_length = 0
         self.positions = self.base = self.local_mask = None
 
+    def memory_keys(self) -> torch.Tensor | int:
+        """Returns how many keys that aren't padding each row has in memory, [B] or one number for all."""
+        return self.memory_length if self.memory_mask is None else self.memory_mask.sum(1)
+
     def reorder_cache(self, beam_idx: torch.LongTensor):
         """Takes the rows beam_idx."""
         if not torch.equal(beam_idx.cpu(), torch.arange(beam_idx.shape[0])):  # beams often stay where they are
@@ -272,6 +276,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window) ->
     """
     q, grouped = _zeroed(q, window.blind), q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(q, k, v, window.bias, is_causal=window.causal, enable_gqa=grouped)
+
+
+def sharpen(q: torch.Tensor, keys: torch.Tensor | int, known: int) -> torch.Tensor:
+    """Multiplies queries [B, N, T, H] by log n / log `known` in rows with more than `known` keys n in memory."""
+    n = torch.as_tensor(keys, dtype=torch.float32, device=q.device).clamp(min=known)
+    return (q * ((n / known).log() / math.log(known) + 1).reshape(-1, 1, 1, 1)).to(q.dtype)
 
 
 def attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, window: Window) -> torch.Tensor:

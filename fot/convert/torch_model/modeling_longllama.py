@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_longllama import LongLlamaConfig
-from .memory_longllama import LongLlamaCache, Window, attend, attend_with_memory, pieces, window_masks
+from .memory_longllama import LongLlamaCache, Window, attend, attend_with_memory, pieces, sharpen, window_masks
 
 
 class LongLlamaRMSNorm(nn.Module):
@@ -102,6 +102,7 @@ class LongLlamaAttention(nn.Module):
         self.has_memory = layer in config.mem_layers
         self.rotates = config.mem_positionals or not self.has_memory
         self.head_dim = config.head_dim
+        self.logn_keys = config.logn_keys
         D, N, G = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads
         self.q_proj = nn.Linear(D, N, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, G * config.head_dim, bias=config.attention_bias)
@@ -118,6 +119,8 @@ class LongLlamaAttention(nn.Module):
     def forward(self, x: torch.Tensor, window: Window, cache: LongLlamaCache) -> torch.Tensor:
         """[B, T, D] → [B, T, D]."""
         q = self._heads(self.q_proj(x))
+        if self.has_memory and self.logn_keys:
+            q = sharpen(q, cache.memory_keys(), self.logn_keys)
         k, v = self.remember(x, window, cache)
         if self.rotates:
             q, k = rotate(q, window.cos, window.sin), rotate(k, window.cos, window.sin)
