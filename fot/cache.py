@@ -4,6 +4,7 @@ As in the released LongLLaMA code, places count from a row's oldest entry, and a
 context gives up all its entries at once. Rows have lengths of their own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,6 +64,17 @@ def empty(config: ModelConfig, rows: int, capacity: int) -> Cache:
     return Cache(
         zeros(config.layers), zeros(config.layers), zeros(len(config.memory_layers)), jnp.zeros(rows, jnp.int32)
     )
+
+
+def layer_of(cache: Cache, index: int, config: ModelConfig) -> Cache:
+    """Returns the cache of one layer alone."""
+    stored = tuple(x for x, layer in zip(cache.stored, config.memory_layers, strict=True) if layer == index)
+    return Cache((cache.keys[index],), (cache.values[index],), stored, cache.length)
+
+
+def joined(layers: Sequence[Entries]) -> Entries:
+    """Returns the entries of all layers, of those of each; or what a cache holds, of caches without their lengths."""
+    return Entries(*(sum(arrays, ()) for arrays in zip(*layers, strict=True)))
 
 
 def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:

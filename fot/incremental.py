@@ -87,32 +87,71 @@ def extend(
     Returns:
       Hidden states, and what to append to the cache.
     """
-    B, T = inputs_BT.shape
-    place_BT = cache.length[:, None] + jnp.arange(T)
-    document_BT = jnp.where(jnp.arange(T) < count_B[:, None], 0, -1)
-    x_BTD = params["embedding"][inputs_BT]
-    keys, values, stored = [], [], []
+    x_BTD, tokens = begin(params["embedding"], inputs_BT, count_B, cache.length)
+    entries = []
     for index, layer in enumerate(params["layers"]):
-        block = block_of(config, layer)
-        q, k, v = block.project(x_BTD)
-        is_memory = index in config.memory_layers
-        rotated = not is_memory or config.memory_positions == "zero"
-        if is_memory:
-            stored.append(k)
-            if memory is not None:
-                q = attention.sharpen(q, memory.length, config.logn_keys)
-        if rotated:
-            q, k = (attention.rope(x, place_BT, config.rope_theta, config.rope_scaling) for x in (q, k))
-        keys.append(k)
-        values.append(v)
-        local = attention.merge(
-            attention.attend_local(q, k, v, Tokens(document_BT, place_BT), config.attention_block),
-            caches.attend(q, cache.keys[index], cache.values[index], cache.length, reader.block),
-        )
-        remote = []
-        if is_memory and memory is not None:
-            slots = memory.slots(config.memory_layers.index(index))
-            remote.append(readers.read(q, document_BT, slots, reader))
-        x_BTD = block.finish(x_BTD, block.attention.combine(local, remote))
-    hidden = rms_norm(x_BTD, params["final_norm"], config.norm_epsilon)
-    return Extension(hidden, Entries(tuple(keys), tuple(values), tuple(stored)))
+        held, number = caches.layer_of(cache, index, config), memory_number(index, config)
+        x_BTD, new = extend_layer(layer, x_BTD, tokens, held, config, number, memory, reader)
+        entries.append(new)
+    return Extension(end(params, x_BTD, config), caches.joined(entries))
+
+
+def begin(
+    embedding: jax.Array, inputs_BT: jax.Array, count_B: jax.Array, length_B: jax.Array
+) -> tuple[jax.Array, Tokens]:
+    """Returns the stream [B, T, D] that enters the first layer after a cache of that length, and its tokens."""
+    place_T = jnp.arange(inputs_BT.shape[1])
+    document_BT = jnp.where(place_T < count_B[:, None], 0, -1)
+    return embedding[inputs_BT], Tokens(document_BT, length_B[:, None] + place_T)
+
+
+def end(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns the last hidden states [B, T, D], of the stream that leaves the last layer."""
+    return rms_norm(x_BTD, params["final_norm"], config.norm_epsilon)
+
+
+def memory_number(index: int, config: ModelConfig) -> int | None:
+    """Returns which memory layer that layer is; None is a layer without memory."""
+    return config.memory_layers.index(index) if index in config.memory_layers else None
+
+
+def extend_layer(
+    layer: Params,
+    x_BTD: jax.Array,
+    tokens: Tokens,
+    cache: Cache,
+    config: ModelConfig,
+    number: int | None,
+    memory: Memory | None,
+    reader: Reader,
+) -> tuple[jax.Array, Entries]:
+    """Runs new tokens through one layer.
+
+    Args:
+      layer: its parameters.
+      x_BTD: the stream that enters it.
+      tokens: of `begin`.
+      cache: of this layer, see `fot.cache.layer_of`.
+      config: the model.
+      number: see `memory_number`.
+      memory, reader: see `extend`.
+
+    Returns:
+      The stream that leaves it, and what to append to its cache.
+    """
+    block = block_of(config, layer)
+    q, k, v = block.project(x_BTD)
+    stored = () if number is None else (k,)
+    if number is not None and memory is not None:
+        q = attention.sharpen(q, memory.length, config.logn_keys)
+    if number is None or config.memory_positions == "zero":
+        q, k = (attention.rope(x, tokens.positions, config.rope_theta, config.rope_scaling) for x in (q, k))
+    [keys], [values] = cache.keys, cache.values
+    local = attention.merge(
+        attention.attend_local(q, k, v, tokens, config.attention_block),
+        caches.attend(q, keys, values, cache.length, reader.block),
+    )
+    remote = []
+    if number is not None and memory is not None:
+        remote.append(readers.read(q, tokens.documents, memory.slots(number), reader))
+    return block.finish(x_BTD, block.attention.combine(local, remote)), Entries((k,), (v,), stored)

@@ -81,13 +81,13 @@ class State(NamedTuple):
     """B texts as far as they are read. What changes it gives it up.
 
     Attributes:
-      cache: of all layers.
+      cache: of all layers; None as long as nothing is in it, so that no text is read into memory beside an empty one.
       memory: of the memory layers; None as long as nothing had to be stored.
       length: [B] numpy, entries in the cache, as `cache.length`.
       written: [B] numpy, entries in the memory.
     """
 
-    cache: Cache
+    cache: Cache | None
     memory: Any
     length: np.ndarray
     written: np.ndarray
@@ -95,8 +95,7 @@ class State(NamedTuple):
 
 def empty(setup: Setup, rows: int) -> State:
     """Returns texts of which nothing is read; `rows` must be a multiple of the devices that rows are split over."""
-    cache = _programs(setup.model, setup.reader, setup.mesh).empty(rows, setup.cache_capacity)
-    return State(cache, None, np.zeros(rows, np.int64), np.zeros(rows, np.int64))
+    return State(None, None, np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
 
 def entries_of(setup: Setup, length: int, new_tokens: int) -> int:
@@ -212,8 +211,8 @@ def _step(
         row[: len(each)] = each
     with jax.set_mesh(setup.mesh):
         state = _make_room(setup, state, count_B)
-        logits, entries = extend(params, padded_BT, count_B, state.cache, state.memory)
-        cache = programs.append(state.cache, entries, count_B)
+        cache = programs.empty(len(tokens), setup.cache_capacity) if state.cache is None else state.cache
+        logits, cache = extend(params, padded_BT, count_B, cache, state.memory)
     return state._replace(cache=cache, length=state.length + count_B), logits
 
 
@@ -308,10 +307,10 @@ class _Programs(NamedTuple):
 
     Attributes:
       empty: (rows, capacity) -> cache.
-      last: (params, tokens [B, T], counts [B], cache, memory) -> logits [B, V] after each row's last, entries.
+      last: (params, tokens [B, T], counts [B], cache, memory) -> logits [B, V] after each row's last, the cache with
+        the tokens; the one that was given is given up.
       each: the same with logits [B, T, V].
       window: (params, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
-      append: `fot.cache.append`; the cache is given up.
       forget: `fot.cache.forget`; the cache is given up.
       stored: cache -> keys and values of the memory layers as a memory takes them, [L, B, S, G, H].
     """
@@ -320,7 +319,6 @@ class _Programs(NamedTuple):
     last: Callable
     each: Callable
     window: Callable
-    append: Callable
     forget: Callable
     stored: Callable
 
@@ -330,26 +328,15 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
     def place(*axes: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    layers, memory_layers = config.layers, len(config.memory_layers)
-    held, new = place(sharding.ROWS, _HEADS), place(sharding.ROWS, None, _HEADS)
-    cache = Cache((held,) * layers, (held,) * layers, (held,) * memory_layers, place(sharding.ROWS))
-    entries = Entries((new,) * layers, (new,) * layers, (new,) * memory_layers)
+    held, rows = place(sharding.ROWS, _HEADS), place(sharding.ROWS)
+    cache = Cache(held, held, held, rows)
     pairs = place(None, sharding.ROWS, None, _HEADS)
     everywhere = sharding.replicated(mesh)
     passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
-    def extend(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        return incremental.extend(params, tokens_BT, count_B, cache, config, memory, reader)
-
-    def last(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        found = extend(params, tokens_BT, count_B, cache, memory)
+    def last(hidden_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
         index_B = jnp.maximum(count_B - 1, 0)
-        hidden_BD = jnp.take_along_axis(found.hidden, index_B[:, None, None], 1)[:, 0]
-        return model.unembed(params, hidden_BD, config), found.entries
-
-    def each(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        found = extend(params, tokens_BT, count_B, cache, memory)
-        return model.unembed(params, found.hidden, config), found.entries
+        return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], 1)[:, 0]
 
     def window(params: Params, tokens_BT: jax.Array, documents_BT: jax.Array, memory: Any) -> tuple:
         place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -363,10 +350,69 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
 
     return _Programs(
         empty=jax.jit(functools.partial(caches.empty, config), static_argnums=(0, 1), out_shardings=cache),
-        last=passes(last, out_shardings=(everywhere, entries)),
-        each=passes(each, out_shardings=(everywhere, entries)),
+        last=_extension(config, reader, mesh, last),
+        each=_extension(config, reader, mesh, lambda hidden_BTD, count_B: hidden_BTD),
         window=passes(window, out_shardings=(everywhere, (pairs, pairs))),
-        append=jax.jit(caches.append, out_shardings=cache, donate_argnums=0),
         forget=jax.jit(caches.forget, out_shardings=cache, donate_argnums=0),
         stored=jax.jit(stored, out_shardings=(pairs, pairs)),
     )
+
+
+def _extension(config: ModelConfig, reader: Reader, mesh: Mesh, choose: Callable) -> Callable:
+    """Returns (params, tokens [B, T], counts [B], cache, memory) -> logits [..., V], the cache with the tokens.
+
+    Args:
+      config: the model.
+      reader: how the memory is read.
+      mesh: where everything lives.
+      choose: (hidden [B, T, D], counts [B]) -> the hidden states [..., D] that logits are made of.
+    """
+    held, new = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((sharding.ROWS, _HEADS), (sharding.ROWS, None, _HEADS))
+    )
+    rows, everywhere = NamedSharding(mesh, PartitionSpec(sharding.ROWS)), sharding.replicated(mesh)
+    entries = Entries(new, new, new)
+    passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
+
+    @functools.partial(passes, out_shardings=(everywhere, entries))
+    def whole(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
+        found = incremental.extend(params, tokens_BT, count_B, cache, config, memory, reader)
+        return model.unembed(params, choose(found.hidden, count_B), config), found.entries
+
+    @functools.partial(passes, out_shardings=(rows, rows))
+    def begin(embedding: jax.Array, tokens_BT: jax.Array, count_B: jax.Array, length_B: jax.Array) -> tuple:
+        return incremental.begin(embedding, tokens_BT, count_B, length_B)
+
+    @functools.partial(passes, out_shardings=(rows, entries), static_argnums=5, donate_argnums=1)
+    def layer(
+        layer: Params, x_BTD: jax.Array, tokens: Tokens, cache: Cache, memory: Any, number: int | None
+    ) -> tuple[jax.Array, Entries]:
+        return incremental.extend_layer(layer, x_BTD, tokens, cache, config, number, memory, reader)
+
+    @functools.partial(passes, out_shardings=everywhere)
+    def end(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
+        return model.unembed(ends, choose(incremental.end(ends, x_BTD, config), count_B), config)
+
+    @functools.partial(jax.jit, out_shardings=Cache(held, held, held, rows), donate_argnums=0)
+    def append(held: Entries, length_B: jax.Array, new: Entries, count_B: jax.Array) -> Cache:
+        return caches.append(Cache(*held, length_B), new, count_B)
+
+    def extend(params: Params, tokens_BT: np.ndarray, count_B: np.ndarray, cache: Cache, memory: Any) -> tuple:
+        """A token goes through all layers in one call, as that is fast; many through one layer after the other.
+
+        So a program for many holds one layer, and the entries of no other.
+        """
+        if tokens_BT.shape[1] == 1:
+            logits, entries = whole(params, tokens_BT, count_B, cache, memory)
+            return logits, append(Entries(*cache[:3]), cache.length, entries, count_B)
+        x_BTD, tokens = begin(params["embedding"], tokens_BT, count_B, cache.length)
+        layers = []
+        for index, each in enumerate(params["layers"]):
+            held, number = caches.layer_of(cache, index, config), incremental.memory_number(index, config)
+            x_BTD, entries = layer(each, x_BTD, tokens, held, None if number is None else memory, number)
+            layers.append(append(Entries(*held[:3]), held.length, entries, count_B))
+        ends = {name: part for name, part in params.items() if name != "layers"}
+        joined = caches.joined([Entries(*layer[:3]) for layer in layers])
+        return end(ends, x_BTD, count_B), Cache(*joined, layers[-1].length)
+
+    return extend
