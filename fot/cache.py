@@ -101,6 +101,15 @@ def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:
     return Cache(keys, values, stored, cache.length + count_B)
 
 
+def fill(new: Entries, count_B: jax.Array, capacity: int) -> Cache:
+    """Returns a cache with the first `count_B` of those tokens of each row, and room for `capacity`."""
+
+    def zeros(new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros((x.shape[0], x.shape[2], capacity, x.shape[3]), x.dtype) for x in new)
+
+    return append(Cache(*map(zeros, new), jnp.zeros_like(count_B)), new, count_B)
+
+
 def forget(cache: Cache, rows_B: jax.Array) -> Cache:
     """Empties the rows where `rows_B` [B] bool is true."""
     return cache._replace(length=jnp.where(rows_B, 0, cache.length))

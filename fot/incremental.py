@@ -119,7 +119,7 @@ def extend_layer(
     layer: Params,
     x_BTD: jax.Array,
     tokens: Tokens,
-    cache: Cache,
+    cache: Cache | None,
     config: ModelConfig,
     number: int | None,
     memory: Memory | None,
@@ -131,7 +131,7 @@ def extend_layer(
       layer: its parameters.
       x_BTD: the stream that enters it.
       tokens: of `begin`.
-      cache: of this layer, see `fot.cache.layer_of`.
+      cache: of this layer, see `fot.cache.layer_of`; None is an empty one, which changes no result.
       config: the model.
       number: see `memory_number`.
       memory, reader: see `extend`.
@@ -146,11 +146,10 @@ def extend_layer(
         q = attention.sharpen(q, memory.length, config.logn_keys)
     if number is None or config.memory_positions == "zero":
         q, k = (attention.rope(x, tokens.positions, config.rope_theta, config.rope_scaling) for x in (q, k))
-    [keys], [values] = cache.keys, cache.values
-    local = attention.merge(
-        attention.attend_local(q, k, v, tokens, config.attention_block),
-        caches.attend(q, keys, values, cache.length, reader.block),
-    )
+    local = attention.attend_local(q, k, v, tokens, config.attention_block)
+    if cache is not None:
+        [keys], [values] = cache.keys, cache.values
+        local = attention.merge(local, caches.attend(q, keys, values, cache.length, reader.block))
     remote = []
     if number is not None and memory is not None:
         remote.append(readers.read(q, tokens.documents, memory.slots(number), reader))

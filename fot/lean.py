@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_ARENA_MAX = -8  # M_ARENA_MAX
 _LARGE = 2**20  # bytes
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that a program is compiled
 
@@ -31,6 +32,7 @@ def return_freed() -> None:
     if not hasattr(libc, "malloc_trim"):
         return
     libc.mallopt(_MMAP_THRESHOLD, _LARGE)
+    libc.mallopt(_ARENA_MAX, 1)
 
     def trim(event: str, seconds: float, **details: str) -> None:
         if event == _COMPILED:

@@ -203,7 +203,6 @@ def advance(params: Params, setup: Setup, state: State, tokens: Sequence[Sequenc
 def _step(
     params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]], extend: Callable
 ) -> tuple[State, jax.Array]:
-    programs = _programs(setup.model, setup.reader, setup.mesh)
     count_B = np.array([len(each) for each in tokens], np.int32)
     width = _width(int(count_B.max()), setup.cache_capacity)
     padded_BT = np.zeros((len(tokens), width), np.int32)
@@ -211,8 +210,7 @@ def _step(
         row[: len(each)] = each
     with jax.set_mesh(setup.mesh):
         state = _make_room(setup, state, count_B)
-        cache = programs.empty(len(tokens), setup.cache_capacity) if state.cache is None else state.cache
-        logits, cache = extend(params, padded_BT, count_B, cache, state.memory)
+        logits, cache = extend(params, padded_BT, count_B, state.cache, state.memory, setup.cache_capacity)
     return state._replace(cache=cache, length=state.length + count_B), logits
 
 
@@ -306,16 +304,14 @@ class _Programs(NamedTuple):
     """Compiled once for a shape.
 
     Attributes:
-      empty: (rows, capacity) -> cache.
-      last: (params, tokens [B, T], counts [B], cache, memory) -> logits [B, V] after each row's last, the cache with
-        the tokens; the one that was given is given up.
+      last: (params, tokens [B, T], counts [B], cache, memory, capacity) -> logits [B, V] after each row's last, the
+        cache with the tokens; the one that was given is given up, and None makes one of that capacity.
       each: the same with logits [B, T, V].
       window: (params, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
       forget: `fot.cache.forget`; the cache is given up.
       stored: cache -> keys and values of the memory layers as a memory takes them, [L, B, S, G, H].
     """
 
-    empty: Callable
     last: Callable
     each: Callable
     window: Callable
@@ -349,7 +345,6 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
         return tuple(jnp.stack([x.swapaxes(1, 2) for x in held]) for held in (cache.stored, values))
 
     return _Programs(
-        empty=jax.jit(functools.partial(caches.empty, config), static_argnums=(0, 1), out_shardings=cache),
         last=_extension(config, reader, mesh, last),
         each=_extension(config, reader, mesh, lambda hidden_BTD, count_B: hidden_BTD),
         window=passes(window, out_shardings=(everywhere, (pairs, pairs))),
@@ -359,7 +354,7 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
 
 
 def _extension(config: ModelConfig, reader: Reader, mesh: Mesh, choose: Callable) -> Callable:
-    """Returns (params, tokens [B, T], counts [B], cache, memory) -> logits [..., V], the cache with the tokens.
+    """Returns (params, tokens [B, T], counts [B], cache, memory, capacity) -> logits [..., V], cache with the tokens.
 
     Args:
       config: the model.
@@ -371,7 +366,7 @@ def _extension(config: ModelConfig, reader: Reader, mesh: Mesh, choose: Callable
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((sharding.ROWS, _HEADS), (sharding.ROWS, None, _HEADS))
     )
     rows, everywhere = NamedSharding(mesh, PartitionSpec(sharding.ROWS)), sharding.replicated(mesh)
-    entries = Entries(new, new, new)
+    entries, places = Entries(new, new, new), Cache(held, held, held, rows)
     passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
     @functools.partial(passes, out_shardings=(everywhere, entries))
@@ -385,7 +380,7 @@ def _extension(config: ModelConfig, reader: Reader, mesh: Mesh, choose: Callable
 
     @functools.partial(passes, out_shardings=(rows, entries), static_argnums=5, donate_argnums=1)
     def layer(
-        layer: Params, x_BTD: jax.Array, tokens: Tokens, cache: Cache, memory: Any, number: int | None
+        layer: Params, x_BTD: jax.Array, tokens: Tokens, cache: Cache | None, memory: Any, number: int | None
     ) -> tuple[jax.Array, Entries]:
         return incremental.extend_layer(layer, x_BTD, tokens, cache, config, number, memory, reader)
 
@@ -393,24 +388,41 @@ def _extension(config: ModelConfig, reader: Reader, mesh: Mesh, choose: Callable
     def end(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
         return model.unembed(ends, choose(incremental.end(ends, x_BTD, config), count_B), config)
 
-    @functools.partial(jax.jit, out_shardings=Cache(held, held, held, rows), donate_argnums=0)
+    @functools.partial(jax.jit, out_shardings=places, static_argnums=(0, 1))
+    def empty(rows: int, capacity: int) -> Cache:
+        return caches.empty(config, rows, capacity)
+
+    @functools.partial(jax.jit, out_shardings=places, donate_argnums=0)
     def append(held: Entries, length_B: jax.Array, new: Entries, count_B: jax.Array) -> Cache:
         return caches.append(Cache(*held, length_B), new, count_B)
 
-    def extend(params: Params, tokens_BT: np.ndarray, count_B: np.ndarray, cache: Cache, memory: Any) -> tuple:
+    @functools.partial(jax.jit, out_shardings=places, static_argnums=2)
+    def fill(new: Entries, count_B: jax.Array, capacity: int) -> Cache:
+        return caches.fill(new, count_B, capacity)
+
+    def extend(
+        params: Params, tokens_BT: np.ndarray, count_B: np.ndarray, cache: Cache | None, memory: Any, capacity: int
+    ) -> tuple[jax.Array, Cache]:
         """A token goes through all layers in one call, as that is fast; many through one layer after the other.
 
-        So a program for many holds one layer, and the entries of no other.
+        So a program for many is small, and what a layer gives is in its cache before the next one runs.
         """
         if tokens_BT.shape[1] == 1:
+            cache = empty(len(tokens_BT), capacity) if cache is None else cache
             logits, entries = whole(params, tokens_BT, count_B, cache, memory)
             return logits, append(Entries(*cache[:3]), cache.length, entries, count_B)
-        x_BTD, tokens = begin(params["embedding"], tokens_BT, count_B, cache.length)
+        length_B = np.zeros(len(tokens_BT), np.int32) if cache is None else cache.length
+        x_BTD, tokens = begin(params["embedding"], tokens_BT, count_B, length_B)
         layers = []
         for index, each in enumerate(params["layers"]):
-            held, number = caches.layer_of(cache, index, config), incremental.memory_number(index, config)
-            x_BTD, entries = layer(each, x_BTD, tokens, held, None if number is None else memory, number)
-            layers.append(append(Entries(*held[:3]), held.length, entries, count_B))
+            number = incremental.memory_number(index, config)
+            held = None if cache is None else caches.layer_of(cache, index, config)
+            x_BTD, new = layer(each, x_BTD, tokens, held, None if number is None else memory, number)
+            if held is None:
+                layers.append(fill(new, count_B, capacity))
+            else:
+                layers.append(append(Entries(*held[:3]), length_B, new, count_B))
+            jax.block_until_ready(layers[-1])  # what waits holds memory
         ends = {name: part for name, part in params.items() if name != "layers"}
         joined = caches.joined([Entries(*layer[:3]) for layer in layers])
         return end(ends, x_BTD, count_B), Cache(*joined, layers[-1].length)
