@@ -72,9 +72,10 @@ def layer_of(cache: Cache, index: int, config: ModelConfig) -> Cache:
     return Cache((cache.keys[index],), (cache.values[index],), stored, cache.length)
 
 
-def joined(layers: Sequence[Entries]) -> Entries:
-    """Returns the entries of all layers, of those of each; or what a cache holds, of caches without their lengths."""
-    return Entries(*(sum(arrays, ()) for arrays in zip(*layers, strict=True)))
+def joined(layers: Sequence[Cache]) -> Cache:
+    """Returns the cache of all layers, of those of each."""
+    *arrays, lengths = zip(*layers, strict=True)
+    return Cache(*(sum(each, ()) for each in arrays), lengths[-1])
 
 
 def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:

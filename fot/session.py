@@ -21,9 +21,9 @@ from fot import cache as caches
 from fot import incremental, lean, loading, model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
-from fot.cache import Cache, Entries
+from fot.cache import Cache
 from fot.config import ExperimentConfig, ModelConfig
-from fot.layers import Params
+from fot.layers import Params, rms_norm
 from fot.loading import Loading, Show
 from fot.memory import Memory
 from fot.readers.reader import Reader, of_config
@@ -201,8 +201,9 @@ def advance(params: Params, setup: Setup, state: State, tokens: Sequence[Sequenc
 
 
 def _step(
-    params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]], extend: Callable
+    params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]], unembed: Callable
 ) -> tuple[State, jax.Array]:
+    extend = incremental.extension(setup.model, setup.reader, setup.mesh)
     count_B = np.array([len(each) for each in tokens], np.int32)
     width = _width(int(count_B.max()), setup.cache_capacity)
     padded_BT = np.zeros((len(tokens), width), np.int32)
@@ -210,8 +211,9 @@ def _step(
         row[: len(each)] = each
     with jax.set_mesh(setup.mesh):
         state = _make_room(setup, state, count_B)
-        logits, cache = extend(params, padded_BT, count_B, state.cache, state.memory, setup.cache_capacity)
-    return state._replace(cache=cache, length=state.length + count_B), logits
+        hidden, cache = extend(params, padded_BT, count_B, state.cache, state.memory, setup.cache_capacity)
+        ends = {name: part for name, part in params.items() if name != "layers"}
+        return state._replace(cache=cache, length=state.length + count_B), unembed(ends, hidden, count_B)
 
 
 def _width(count: int, most: int) -> int:
@@ -304,8 +306,8 @@ class _Programs(NamedTuple):
     """Compiled once for a shape.
 
     Attributes:
-      last: (params, tokens [B, T], counts [B], cache, memory, capacity) -> logits [B, V] after each row's last, the
-        cache with the tokens; the one that was given is given up, and None makes one of that capacity.
+      last: (params without layers, stream [B, T, D] that leaves these, counts [B]) -> logits [B, V] after the last of each
+        row.
       each: the same with logits [B, T, V].
       window: (params, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
       forget: `fot.cache.forget`; the cache is given up.
@@ -330,9 +332,14 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
     everywhere = sharding.replicated(mesh)
     passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
-    def last(hidden_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
+    def last(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
         index_B = jnp.maximum(count_B - 1, 0)
-        return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], 1)[:, 0]
+        x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], 1)[:, 0]
+        return each(ends, x_BD, count_B)
+
+    def each(ends: Params, x: jax.Array, count_B: jax.Array) -> jax.Array:
+        hidden = rms_norm(x, ends["final_norm"], config.norm_epsilon)
+        return model.unembed(ends, hidden, config)
 
     def window(params: Params, tokens_BT: jax.Array, documents_BT: jax.Array, memory: Any) -> tuple:
         place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -345,86 +352,9 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
         return tuple(jnp.stack([x.swapaxes(1, 2) for x in held]) for held in (cache.stored, values))
 
     return _Programs(
-        last=_extension(config, reader, mesh, last),
-        each=_extension(config, reader, mesh, lambda hidden_BTD, count_B: hidden_BTD),
+        last=passes(last, out_shardings=everywhere),
+        each=passes(each, out_shardings=everywhere),
         window=passes(window, out_shardings=(everywhere, (pairs, pairs))),
         forget=jax.jit(caches.forget, out_shardings=cache, donate_argnums=0),
         stored=jax.jit(stored, out_shardings=(pairs, pairs)),
     )
-
-
-def _extension(config: ModelConfig, reader: Reader, mesh: Mesh, choose: Callable) -> Callable:
-    """Returns (params, tokens [B, T], counts [B], cache, memory, capacity) -> logits [..., V], cache with the tokens.
-
-    Args:
-      config: the model.
-      reader: how the memory is read.
-      mesh: where everything lives.
-      choose: (hidden [B, T, D], counts [B]) -> the hidden states [..., D] that logits are made of.
-    """
-    held, new = (
-        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((sharding.ROWS, _HEADS), (sharding.ROWS, None, _HEADS))
-    )
-    rows, everywhere = NamedSharding(mesh, PartitionSpec(sharding.ROWS)), sharding.replicated(mesh)
-    entries, places = Entries(new, new, new), Cache(held, held, held, rows)
-    passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
-
-    @functools.partial(passes, out_shardings=(everywhere, entries))
-    def whole(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        found = incremental.extend(params, tokens_BT, count_B, cache, config, memory, reader)
-        return model.unembed(params, choose(found.hidden, count_B), config), found.entries
-
-    @functools.partial(passes, out_shardings=(rows, rows))
-    def begin(embedding: jax.Array, tokens_BT: jax.Array, count_B: jax.Array, length_B: jax.Array) -> tuple:
-        return incremental.begin(embedding, tokens_BT, count_B, length_B)
-
-    @functools.partial(passes, out_shardings=(rows, entries), static_argnums=5, donate_argnums=1)
-    def layer(
-        layer: Params, x_BTD: jax.Array, tokens: Tokens, cache: Cache | None, memory: Any, number: int | None
-    ) -> tuple[jax.Array, Entries]:
-        return incremental.extend_layer(layer, x_BTD, tokens, cache, config, number, memory, reader)
-
-    @functools.partial(passes, out_shardings=everywhere)
-    def end(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
-        return model.unembed(ends, choose(incremental.end(ends, x_BTD, config), count_B), config)
-
-    @functools.partial(jax.jit, out_shardings=places, static_argnums=(0, 1))
-    def empty(rows: int, capacity: int) -> Cache:
-        return caches.empty(config, rows, capacity)
-
-    @functools.partial(jax.jit, out_shardings=places, donate_argnums=0)
-    def append(held: Entries, length_B: jax.Array, new: Entries, count_B: jax.Array) -> Cache:
-        return caches.append(Cache(*held, length_B), new, count_B)
-
-    @functools.partial(jax.jit, out_shardings=places, static_argnums=2)
-    def fill(new: Entries, count_B: jax.Array, capacity: int) -> Cache:
-        return caches.fill(new, count_B, capacity)
-
-    def extend(
-        params: Params, tokens_BT: np.ndarray, count_B: np.ndarray, cache: Cache | None, memory: Any, capacity: int
-    ) -> tuple[jax.Array, Cache]:
-        """A token goes through all layers in one call, as that is fast; many through one layer after the other.
-
-        So a program for many is small, and what a layer gives is in its cache before the next one runs.
-        """
-        if tokens_BT.shape[1] == 1:
-            cache = empty(len(tokens_BT), capacity) if cache is None else cache
-            logits, entries = whole(params, tokens_BT, count_B, cache, memory)
-            return logits, append(Entries(*cache[:3]), cache.length, entries, count_B)
-        length_B = np.zeros(len(tokens_BT), np.int32) if cache is None else cache.length
-        x_BTD, tokens = begin(params["embedding"], tokens_BT, count_B, length_B)
-        layers = []
-        for index, each in enumerate(params["layers"]):
-            number = incremental.memory_number(index, config)
-            held = None if cache is None else caches.layer_of(cache, index, config)
-            x_BTD, new = layer(each, x_BTD, tokens, held, None if number is None else memory, number)
-            if held is None:
-                layers.append(fill(new, count_B, capacity))
-            else:
-                layers.append(append(Entries(*held[:3]), length_B, new, count_B))
-            jax.block_until_ready(layers[-1])  # what waits holds memory
-        ends = {name: part for name, part in params.items() if name != "layers"}
-        joined = caches.joined([Entries(*layer[:3]) for layer in layers])
-        return end(ends, x_BTD, count_B), Cache(*joined, layers[-1].length)
-
-    return extend
