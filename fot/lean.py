@@ -25,8 +25,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 def return_freed() -> None:
     """Makes this process give freed memory back to the system; without glibc it does nothing.
 
-    Left alone, glibc keeps arrays of up to 32 MiB for itself once one of that size was freed, and what a compilation
-    used as long as something lies behind it.
+    Left alone, glibc keeps arrays of up to 32 MiB for itself once one of that size was freed, what a compilation used
+    as long as something lies behind it, and for each thread that allocates what another one can't use.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "malloc_trim"):

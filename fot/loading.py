@@ -282,13 +282,16 @@ def _layered(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
     rows = sharding.batch_sharding(mesh)
     program = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
+    @functools.partial(program, out_shardings=(stream, stream))
     def begin(embedding: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Tokens]:
         chunk = _by_window(chunk)
         return embedding[chunk.tokens], Tokens(chunk.documents, chunk.positions)
 
+    @functools.partial(program, out_shardings=stream, donate_argnames="x_WBTD")
     def local(layer: model.Params, x_WBTD: jax.Array, tokens: Tokens) -> jax.Array:
         return jax.lax.map(lambda window: model.local_layer(layer, *window, config), (x_WBTD, tokens))
 
+    @functools.partial(program, out_shardings=(stream, pairs), donate_argnames="x_WBTD", static_argnames="index")
     def remote(
         layer: model.Params, x_WBTD: jax.Array, tokens: Tokens, memory: Memory, index: int
     ) -> tuple[jax.Array, model.Entries]:
@@ -300,24 +303,19 @@ def _layered(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
 
         return jax.lax.map(one, (x_WBTD, tokens))
 
+    @functools.partial(program, out_shardings=(joined, joined, rows))
     def last(layer: model.Params, x_WBTD: jax.Array, before: list[model.Entries], documents_BWT: jax.Array) -> tuple:
-        project = block_of(config, layer).project_entries
-        entries = model.Entries(*jax.lax.map(project, x_WBTD))
+        entries = model.Entries(*jax.lax.map(block_of(config, layer).project_entries, x_WBTD))
         stacked = jax.tree.map(lambda *layers: jnp.stack(layers, 1), *before, entries)
         return _flat(stacked, documents_BWT)
 
-    begin = program(begin, out_shardings=(stream, stream))
-    local = program(local, out_shardings=stream, donate_argnums=1)
-    remote = program(remote, out_shardings=(stream, pairs), donate_argnums=1, static_argnums=4)
-    last = program(last, out_shardings=(joined, joined, rows), donate_argnums=1)
-
     def read(params: model.Params, chunk: _Chunk, memory: Memory | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         x_WBTD, tokens = begin(params["embedding"], chunk)
-        before = []
+        before: list[model.Entries] = []
         *below, top = params["layers"][: config.memory_layers[-1] + 1]
         for number, layer in enumerate(below):
             if number in config.memory_layers:
-                x_WBTD, entries = remote(layer, x_WBTD, tokens, memory, len(before))
+                x_WBTD, entries = remote(layer, x_WBTD, tokens, memory, index=len(before))
                 before.append(entries)
             else:
                 x_WBTD = local(layer, x_WBTD, tokens)

@@ -306,8 +306,7 @@ class _Programs(NamedTuple):
     """Compiled once for a shape.
 
     Attributes:
-      last: (params without layers, stream [B, T, D] that leaves these, counts [B]) -> logits [B, V] after the last of each
-        row.
+      last: (params without layers, stream [B, T, D], counts [B]) -> logits [B, V] after each row's last token.
       each: the same with logits [B, T, V].
       window: (params, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
       forget: `fot.cache.forget`; the cache is given up.
