@@ -331,14 +331,16 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
     everywhere = sharding.replicated(mesh)
     passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
+    def hidden(ends: Params, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, ends["final_norm"], config.norm_epsilon)
+
     def last(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
         index_B = jnp.maximum(count_B - 1, 0)
-        x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], 1)[:, 0]
-        return each(ends, x_BD, count_B)
+        hidden_BD = jnp.take_along_axis(hidden(ends, x_BTD), index_B[:, None, None], 1)[:, 0]
+        return model.unembed(ends, hidden_BD, config)
 
-    def each(ends: Params, x: jax.Array, count_B: jax.Array) -> jax.Array:
-        hidden = rms_norm(x, ends["final_norm"], config.norm_epsilon)
-        return model.unembed(ends, hidden, config)
+    def each(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
+        return model.unembed(ends, hidden(ends, x_BTD), config)
 
     def window(params: Params, tokens_BT: jax.Array, documents_BT: jax.Array, memory: Any) -> tuple:
         place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
