@@ -4,6 +4,7 @@ As in the released LongLLaMA code, places count from a row's oldest entry, and a
 context gives up all its entries at once. Rows have lengths of their own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,18 @@ def empty(config: ModelConfig, rows: int, capacity: int) -> Cache:
     )
 
 
+def layer_of(cache: Cache, index: int, config: ModelConfig) -> Cache:
+    """Returns the cache of one layer alone."""
+    stored = tuple(x for x, layer in zip(cache.stored, config.memory_layers, strict=True) if layer == index)
+    return Cache((cache.keys[index],), (cache.values[index],), stored, cache.length)
+
+
+def joined(layers: Sequence[Cache]) -> Cache:
+    """Returns the cache of all layers, of those of each."""
+    *arrays, lengths = zip(*layers, strict=True)
+    return Cache(*(sum(each, ()) for each in arrays), lengths[-1])
+
+
 def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:
     """Appends the first `count_B` of the new tokens of each row, for which there must be room."""
     place_T = jnp.arange(new.keys[0].shape[1])
@@ -87,6 +100,15 @@ def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:
         for pair in ((cache.keys, new.keys), (cache.values, new.values), (cache.stored, new.stored))
     )
     return Cache(keys, values, stored, cache.length + count_B)
+
+
+def fill(new: Entries, count_B: jax.Array, capacity: int) -> Cache:
+    """Returns a cache with the first `count_B` of those tokens of each row, and room for `capacity`."""
+
+    def zeros(new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros((x.shape[0], x.shape[2], capacity, x.shape[3]), x.dtype) for x in new)
+
+    return append(Cache(*map(zeros, new), jnp.zeros_like(count_B)), new, count_B)
 
 
 def forget(cache: Cache, rows_B: jax.Array) -> Cache:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_ARENA_MAX = -8  # M_ARENA_MAX
 _LARGE = 2**20  # bytes
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that a program is compiled
 
@@ -24,13 +25,14 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 def return_freed() -> None:
     """Makes this process give freed memory back to the system; without glibc it does nothing.
 
-    Left alone, glibc keeps arrays of up to 32 MiB for itself once one of that size was freed, and what a compilation
-    used as long as something lies behind it.
+    Left alone, glibc keeps arrays of up to 32 MiB for itself once one of that size was freed, what a compilation used
+    as long as something lies behind it, and for each thread that allocates what another one can't use.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "malloc_trim"):
         return
     libc.mallopt(_MMAP_THRESHOLD, _LARGE)
+    libc.mallopt(_ARENA_MAX, 1)
 
     def trim(event: str, seconds: float, **details: str) -> None:
         if event == _COMPILED:

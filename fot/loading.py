@@ -20,6 +20,7 @@ from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
 from fot.errors import UserError
+from fot.layers import block_of
 from fot.memory import Index, Lists, Memory
 from fot.metrics import Progress
 from fot.readers import host, host_lists, index
@@ -185,7 +186,7 @@ def load(
     many windows there are, the same programs run, and two chunks of them are in memory.
 
     Args:
-      params: as `model.init` gives them, placed on the mesh.
+      params: as `model.init` gives them, placed on the mesh; or of `incremental.prepare`, which takes less memory.
       config: the model.
       memory: the memory to append to, of `store_of(loading.reader, mesh)`.
       windows: numpy arrays [B, T], all of one shape, a row's windows in the order of its text; tokens, documents and
@@ -201,7 +202,8 @@ def load(
       UserError: `loading.overflow` is "refuse" and there is no room; nothing that was stored before is overwritten.
     """
     alone = len(config.memory_layers) <= 1  # no window's entries depend on another window
-    read = _program(config, None if alone else loading.reader, mesh)
+    programs = _program if isinstance(params["layers"], dict) else _layered
+    read = programs(config, None if alone else loading.reader, mesh)
     write, overflow = store_of(loading.reader, mesh).write, memories.OVERFLOWS[loading.overflow]
     written_B = _on_host(memory.written)
     before = None
@@ -260,16 +262,78 @@ def _program(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
 def _read(
     params: model.Params, chunk: _Chunk, memory: Memory | None, *, config: ModelConfig, reader: Reader | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    B, W, T = chunk.tokens.shape
-
     def entries_of(window: _Chunk) -> model.Entries:
         tokens = Tokens(window.documents, window.positions)
         return model.memory_entries(params, window.tokens, tokens, config, memory=memory, reader=reader)
 
     # Window by window: side by side, XLA would round otherwise than it does for a window alone.
-    entries = jax.lax.map(entries_of, jax.tree.map(lambda x: x.swapaxes(0, 1), chunk))
+    return _flat(jax.lax.map(entries_of, _by_window(chunk)), chunk.documents)
+
+
+@functools.lru_cache(maxsize=64)
+def _layered(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable:
+    """Returns what `_program` does, for layers apart: each is a call of its own, and those of a kind one program.
+
+    So one layer is compiled, kept and given room for what it computes, not all of them.
+    """
+    stream = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS))
+    pairs = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS))
+    joined = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, None, _HEADS, None))
+    rows = sharding.batch_sharding(mesh)
+    program = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
+
+    @functools.partial(program, out_shardings=(stream, stream))
+    def begin(embedding: jax.Array, chunk: _Chunk) -> tuple[jax.Array, Tokens]:
+        chunk = _by_window(chunk)
+        return embedding[chunk.tokens], Tokens(chunk.documents, chunk.positions)
+
+    @functools.partial(program, out_shardings=stream, donate_argnames="x_WBTD")
+    def local(layer: model.Params, x_WBTD: jax.Array, tokens: Tokens) -> jax.Array:
+        return jax.lax.map(lambda window: model.local_layer(layer, *window, config), (x_WBTD, tokens))
+
+    @functools.partial(program, out_shardings=(stream, pairs), donate_argnames="x_WBTD", static_argnames="index")
+    def remote(
+        layer: model.Params, x_WBTD: jax.Array, tokens: Tokens, memory: Memory, index: int
+    ) -> tuple[jax.Array, model.Entries]:
+        def one(window: tuple[jax.Array, Tokens]) -> tuple[jax.Array, model.Entries]:
+            x_BTD, tokens = window
+            source = model.Source(tokens, memory=memory, reader=reader)
+            x_BTD, keys, values, _ = model.memory_layer(layer, x_BTD, config=config, source=source, index=index)
+            return x_BTD, model.Entries(keys, values)
+
+        return jax.lax.map(one, (x_WBTD, tokens))
+
+    @functools.partial(program, out_shardings=(joined, joined, rows))
+    def last(layer: model.Params, x_WBTD: jax.Array, before: list[model.Entries], documents_BWT: jax.Array) -> tuple:
+        entries = model.Entries(*jax.lax.map(block_of(config, layer).project_entries, x_WBTD))
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers, 1), *before, entries)
+        return _flat(stacked, documents_BWT)
+
+    def read(params: model.Params, chunk: _Chunk, memory: Memory | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x_WBTD, tokens = begin(params["embedding"], chunk)
+        before: list[model.Entries] = []
+        *below, top = params["layers"][: config.memory_layers[-1] + 1]
+        for number, layer in enumerate(below):
+            if number in config.memory_layers:
+                x_WBTD, entries = remote(layer, x_WBTD, tokens, memory, index=len(before))
+                before.append(entries)
+            else:
+                x_WBTD = local(layer, x_WBTD, tokens)
+        return last(top, x_WBTD, before, chunk.documents)
+
+    return read
+
+
+def _by_window(chunk: _Chunk) -> _Chunk:
+    """[B, W, T] → [W, B, T]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), chunk)
+
+
+def _flat(entries: model.Entries, documents_BWT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what `write` takes, of entries [W, L, B, T, G, H]."""
+    B, W, T = documents_BWT.shape
     keys, values = (x.transpose(1, 2, 0, 3, 4, 5).reshape(-1, B, W * T, *x.shape[4:]) for x in entries)
-    return keys, values, chunk.documents.reshape(B, W * T)
+    return keys, values, documents_BWT.reshape(B, W * T)
 
 
 def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:

@@ -69,13 +69,13 @@ class Entries(NamedTuple):
     values: jax.Array
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where memory layers look beyond their row."""
 
     tokens: Tokens
-    table: Table | None
-    memory: Memory | None
-    reader: Reader | None
+    table: Table | None = None
+    memory: Memory | None = None
+    reader: Reader | None = None
 
 
 def apply(
@@ -105,7 +105,7 @@ def apply(
       Hidden states of the kept rows, keys and values of all rows for a memory.
     """
     layers, x_BTD = _embed(params, inputs_BT, config)
-    source = _Source(tokens, table, memory, reader)
+    source = Source(tokens, table, memory, reader)
     count = len(config.memory_layers)
     x_BTD, entries, reads = _climb(layers, x_BTD, config, source, count, keep)
     last = tokens
@@ -134,7 +134,7 @@ def memory_entries(
     entries: list[Entries] = []
     if config.memory_layers:
         last, before = config.memory_layers[-1], len(config.memory_layers) - 1
-        x_BTD, entries, _ = _climb(layers, x_BTD, config, _Source(tokens, None, memory, reader), before, None)
+        x_BTD, entries, _ = _climb(layers, x_BTD, config, Source(tokens, memory=memory, reader=reader), before, None)
         x_BTD = _run(layers, _after(config, before), last, x_BTD, tokens, config)
         block = block_of(config, _layer(layers, last))
         entries = [*entries, Entries(*block.project_entries(x_BTD))]
@@ -149,7 +149,7 @@ def _embed(params: Params, inputs_BT: jax.Array, config: ModelConfig) -> tuple[P
 
 
 def _climb(
-    layers: Params, x_BTD: jax.Array, config: ModelConfig, source: _Source, count: int, keep: np.ndarray | None
+    layers: Params, x_BTD: jax.Array, config: ModelConfig, source: Source, count: int, keep: np.ndarray | None
 ) -> tuple[jax.Array, list[Entries], list[Reads]]:
     """Runs the layers up to the count-th memory layer, which it includes.
 
@@ -161,7 +161,7 @@ def _climb(
     for index, layer in enumerate(config.memory_layers[:count]):
         x_BTD = _run(layers, _after(config, index), layer, x_BTD, source.tokens, config)
         rows = keep if layer == config.memory_layers[-1] else None
-        step = remat(functools.partial(_memory_layer, config=config, source=source, index=index, keep=rows))
+        step = remat(functools.partial(memory_layer, config=config, source=source, index=index, keep=rows))
         x_BTD, k, v, read = step(_layer(layers, layer), x_BTD)
         entries.append(Entries(k, v))
         reads.append(read)
@@ -205,7 +205,7 @@ def _run(
     """Runs the layers begin … end-1, none of which sees other contexts; scans them if they are stacked."""
     if begin == end:
         return x_BTD
-    step = _REMAT[config.remat](functools.partial(_local_layer, tokens=tokens, config=config))
+    step = _REMAT[config.remat](functools.partial(local_layer, tokens=tokens, config=config))
     if isinstance(layers, tuple):
         return functools.reduce(lambda x_BTD, layer: step(layer, x_BTD), layers[begin:end], x_BTD)
     stack = jax.tree.map(lambda p: p[begin:end], layers)
@@ -214,7 +214,8 @@ def _run(
     ]
 
 
-def _local_layer(layer: Params, x_BTD: jax.Array, tokens: Tokens, config: ModelConfig) -> jax.Array:
+def local_layer(layer: Params, x_BTD: jax.Array, tokens: Tokens, config: ModelConfig) -> jax.Array:
+    """A layer that sees its row alone."""
     block = block_of(config, layer)
     q, k, v = block.project(x_BTD)
     q, k = _rotate(q, config), _rotate(k, config)
@@ -233,8 +234,8 @@ _POSITIONS: dict[str, Callable[[jax.Array, ModelConfig], jax.Array]] = {
 }
 
 
-def _memory_layer(
-    layer: Params, x_BTD: jax.Array, *, config: ModelConfig, source: _Source, index: int, keep: np.ndarray | None
+def memory_layer(
+    layer: Params, x_BTD: jax.Array, *, config: ModelConfig, source: Source, index: int, keep: np.ndarray | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, Reads]:
     """A layer that sees other contexts; returns the kept rows' stream, all rows' keys and values, the kept rows' reads.
 

@@ -21,9 +21,9 @@ from fot import cache as caches
 from fot import incremental, lean, loading, model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
-from fot.cache import Cache, Entries
+from fot.cache import Cache
 from fot.config import ExperimentConfig, ModelConfig
-from fot.layers import Params
+from fot.layers import Params, rms_norm
 from fot.loading import Loading, Show
 from fot.memory import Memory
 from fot.readers.reader import Reader, of_config
@@ -81,13 +81,13 @@ class State(NamedTuple):
     """B texts as far as they are read. What changes it gives it up.
 
     Attributes:
-      cache: of all layers.
+      cache: of all layers; None as long as nothing is in it, so that no text is read into memory beside an empty one.
       memory: of the memory layers; None as long as nothing had to be stored.
       length: [B] numpy, entries in the cache, as `cache.length`.
       written: [B] numpy, entries in the memory.
     """
 
-    cache: Cache
+    cache: Cache | None
     memory: Any
     length: np.ndarray
     written: np.ndarray
@@ -95,8 +95,7 @@ class State(NamedTuple):
 
 def empty(setup: Setup, rows: int) -> State:
     """Returns texts of which nothing is read; `rows` must be a multiple of the devices that rows are split over."""
-    cache = _programs(setup.model, setup.reader, setup.mesh).empty(rows, setup.cache_capacity)
-    return State(cache, None, np.zeros(rows, np.int64), np.zeros(rows, np.int64))
+    return State(None, None, np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
 
 def entries_of(setup: Setup, length: int, new_tokens: int) -> int:
@@ -202,9 +201,9 @@ def advance(params: Params, setup: Setup, state: State, tokens: Sequence[Sequenc
 
 
 def _step(
-    params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]], extend: Callable
+    params: Params, setup: Setup, state: State, tokens: Sequence[Sequence[int]], unembed: Callable
 ) -> tuple[State, jax.Array]:
-    programs = _programs(setup.model, setup.reader, setup.mesh)
+    extend = incremental.extension(setup.model, setup.reader, setup.mesh)
     count_B = np.array([len(each) for each in tokens], np.int32)
     width = _width(int(count_B.max()), setup.cache_capacity)
     padded_BT = np.zeros((len(tokens), width), np.int32)
@@ -212,9 +211,9 @@ def _step(
         row[: len(each)] = each
     with jax.set_mesh(setup.mesh):
         state = _make_room(setup, state, count_B)
-        logits, entries = extend(params, padded_BT, count_B, state.cache, state.memory)
-        cache = programs.append(state.cache, entries, count_B)
-    return state._replace(cache=cache, length=state.length + count_B), logits
+        hidden, cache = extend(params, padded_BT, count_B, state.cache, state.memory, setup.cache_capacity)
+        ends = {name: part for name, part in params.items() if name != "layers"}
+        return state._replace(cache=cache, length=state.length + count_B), unembed(ends, hidden, count_B)
 
 
 def _width(count: int, most: int) -> int:
@@ -307,20 +306,16 @@ class _Programs(NamedTuple):
     """Compiled once for a shape.
 
     Attributes:
-      empty: (rows, capacity) -> cache.
-      last: (params, tokens [B, T], counts [B], cache, memory) -> logits [B, V] after each row's last, entries.
+      last: (params without layers, stream [B, T, D], counts [B]) -> logits [B, V] after each row's last token.
       each: the same with logits [B, T, V].
       window: (params, tokens [B, T], documents [B, T], memory) -> logits [B, T, V], entries for a memory.
-      append: `fot.cache.append`; the cache is given up.
       forget: `fot.cache.forget`; the cache is given up.
       stored: cache -> keys and values of the memory layers as a memory takes them, [L, B, S, G, H].
     """
 
-    empty: Callable
     last: Callable
     each: Callable
     window: Callable
-    append: Callable
     forget: Callable
     stored: Callable
 
@@ -330,26 +325,22 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
     def place(*axes: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    layers, memory_layers = config.layers, len(config.memory_layers)
-    held, new = place(sharding.ROWS, _HEADS), place(sharding.ROWS, None, _HEADS)
-    cache = Cache((held,) * layers, (held,) * layers, (held,) * memory_layers, place(sharding.ROWS))
-    entries = Entries((new,) * layers, (new,) * layers, (new,) * memory_layers)
+    held, rows = place(sharding.ROWS, _HEADS), place(sharding.ROWS)
+    cache = Cache(held, held, held, rows)
     pairs = place(None, sharding.ROWS, None, _HEADS)
     everywhere = sharding.replicated(mesh)
     passes = functools.partial(jax.jit, compiler_options=lean.compiler_options(mesh))
 
-    def extend(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        return incremental.extend(params, tokens_BT, count_B, cache, config, memory, reader)
+    def hidden(ends: Params, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, ends["final_norm"], config.norm_epsilon)
 
-    def last(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        found = extend(params, tokens_BT, count_B, cache, memory)
+    def last(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
         index_B = jnp.maximum(count_B - 1, 0)
-        hidden_BD = jnp.take_along_axis(found.hidden, index_B[:, None, None], 1)[:, 0]
-        return model.unembed(params, hidden_BD, config), found.entries
+        hidden_BD = jnp.take_along_axis(hidden(ends, x_BTD), index_B[:, None, None], 1)[:, 0]
+        return model.unembed(ends, hidden_BD, config)
 
-    def each(params: Params, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, memory: Any) -> tuple:
-        found = extend(params, tokens_BT, count_B, cache, memory)
-        return model.unembed(params, found.hidden, config), found.entries
+    def each(ends: Params, x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
+        return model.unembed(ends, hidden(ends, x_BTD), config)
 
     def window(params: Params, tokens_BT: jax.Array, documents_BT: jax.Array, memory: Any) -> tuple:
         place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -362,11 +353,9 @@ def _programs(config: ModelConfig, reader: Reader, mesh: Mesh) -> _Programs:
         return tuple(jnp.stack([x.swapaxes(1, 2) for x in held]) for held in (cache.stored, values))
 
     return _Programs(
-        empty=jax.jit(functools.partial(caches.empty, config), static_argnums=(0, 1), out_shardings=cache),
-        last=passes(last, out_shardings=(everywhere, entries)),
-        each=passes(each, out_shardings=(everywhere, entries)),
+        last=passes(last, out_shardings=everywhere),
+        each=passes(each, out_shardings=everywhere),
         window=passes(window, out_shardings=(everywhere, (pairs, pairs))),
-        append=jax.jit(caches.append, out_shardings=cache, donate_argnums=0),
         forget=jax.jit(caches.forget, out_shardings=cache, donate_argnums=0),
         stored=jax.jit(stored, out_shardings=(pairs, pairs)),
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fot import cache as caches
 from fot import config as config_lib
 from fot import crossbatch, generate, incremental, session
 from fot import memory as memories
@@ -78,3 +79,14 @@ def test_training_and_inference_agree(positions, mesh):
     config = experiment(model, window, last_context_length=window)
     found = generate.prompt_logits(incremental.prepare(drawn(model), model, mesh), config, [text], mesh)[0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_cache_is_an_empty_one_bit_for_bit(name, mesh):
+    model, rows, counts = MODELS[name], prompts_of([12, 12]), np.array([12, 7], np.int32)
+    params = incremental.prepare(drawn(model), model, mesh)
+    extend = incremental.extension(model, session.setup_of(experiment(model, 16), mesh).reader, mesh)
+    found, wanted = (
+        extend(params, np.stack(rows), counts, held, None, 16) for held in (None, caches.empty(model, 2, 16))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

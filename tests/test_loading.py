@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fot import config as config_lib
-from fot import loading, memory, model, sharding
+from fot import incremental, loading, memory, model, sharding
 from fot.attention import Tokens
 from fot.batch import Batch
 from fot.config import ModelConfig
@@ -96,8 +96,9 @@ def test_entries_are_those_of_the_full_forward_pass_bit_for_bit(config, mesh):
     wanted = full_forward(params, config, batches)
     assert wanted.written.tolist() == [5 * T + T // 2, 5 * T]
     assert jnp.abs(wanted.keys[..., : 5 * T, :].astype(jnp.float32)).min(-1).max() > 0
-    for together in (1, 4):
-        same(load(params, config, mesh, batches, together), wanted)
+    for weights in (params, incremental.prepare(params, config, mesh)):
+        for together in (1, 4):
+            same(load(weights, config, mesh, batches, together), wanted)
 
 
 @pytest.mark.parametrize("name", ["one_layer", "first_layer", "several"])

@@ -57,6 +57,15 @@ def test_a_bfloat16_memory_is_close(mesh, tiny):
     assert 0 < np.abs(logits[0] - exact).max() < 0.02 * np.abs(exact).max()
 
 
+def test_the_cache_is_made_when_something_enters_it(mesh, tiny):
+    """So it is not there while a long text is read into memory."""
+    setup, [prompt] = session.setup_of(tiny_config_of(), mesh), prompts_of([40])
+    state = session.reserve(setup, session.empty(setup, 1), session.entries_of(setup, 40, 8))
+    assert state.memory is not None and state.cache is None
+    state, _ = session.read(tiny, setup, state, [prompt], QUIET)
+    assert state.cache.capacity == setup.cache_capacity and state.cache.length == LAST
+
+
 @pytest.mark.parametrize("last", [1, WINDOW, 20])
 def test_any_last_context_length(last, mesh, tiny):
     """Longer than the window, too: its entries move as soon as a token follows."""
