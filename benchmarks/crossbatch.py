@@ -72,13 +72,15 @@ MOST_CONTEXTS = 7  # all the other rows
 RELEASED_SECONDS = {2: 20.5, 7: 23.1}
 RELEASED_BYTES = {2: 5.8e9, 7: 6.85e9}
 
-# The same for every case of a size. Full: huge pages, because page faults would be a good part of what is measured, and
-# no step from a cache. Quick: nothing is measured, so compile fast.
+# Page faults would be a good part of what is measured; `make` sets this, too.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if sys.platform == "linux" else {}
+
+# The same for every case of a size. Full: no step from a cache. Quick: nothing is measured, so compile fast.
 ENVIRONMENT = {
     "full": {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
-        **({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if sys.platform == "linux" else {}),
+        **HUGE_PAGES,
     },
     "quick": {
         "JAX_PLATFORMS": "cpu",

@@ -13,6 +13,7 @@ compilation is not counted; it counts for peak memory.
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from benchmarks.crossbatch import peak_rss_bytes
+from benchmarks.crossbatch import HUGE_PAGES, peak_rss_bytes
 from fot import config as config_lib
 from fot.config import ModelConfig
 
@@ -176,7 +177,7 @@ def run_fresh(name: str, framework: str, size_name: str) -> Line:
     """Measures one length in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.long_context", f"--case={name}", f"--framework={framework}"]
     command += ["--quick"] if size_name == "quick" else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=os.environ | HUGE_PAGES, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: case {name} ended with code {done.returncode}; see above, and run it alone by --case={name}")
     return json.loads(done.stdout)
