@@ -33,20 +33,30 @@ class _Held:
 
 @jax.tree_util.register_pytree_node_class
 class HostMemory:
-    """Entries on the host. To devices it is a number and how much was written; all of it is of one process.
+    """Entries on the host. To devices it is a number and how much is in it; all of it is of one process.
 
     What changes it changes it in place and gives it up, as with a memory that is donated.
+
+    Attributes:
+      number: that it is held by, int32.
+      written, length: [B] int32, see `fot.memory.Memory`.
     """
 
-    def __init__(self, held: _Held | None, number: Any, written: Any):
-        self._held, self.number, self.written = held, number, written
-
-    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
-        """Returns what crosses to devices."""
-        return (self.number, self.written), None
+    def __init__(self, held: _Held | None, number: Any, written: Any, length: Any):
+        self._held, self.number, self.written, self.length = held, number, written, length
 
     @classmethod
-    def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> "HostMemory":
+    def of(cls, held: _Held, number: Any) -> "HostMemory":
+        """Returns the memory as it is now."""
+        written = held.arrays.written.copy()
+        return cls(held, number, written, np.minimum(written, held.arrays.capacity))
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any, Any], None]:
+        """Returns what crosses to devices."""
+        return (self.number, self.written, self.length), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, Any, Any]) -> "HostMemory":
         """Returns what a device sees."""
         return cls(None, *children)
 
@@ -124,7 +134,7 @@ def hold(arrays: Memory) -> HostMemory:
     _faiss()
     held, number = _Held(arrays), next(_NUMBERS)
     _HELD[number] = held
-    return HostMemory(held, np.int32(number), arrays.written.copy())
+    return HostMemory.of(held, np.int32(number))
 
 
 def empty(layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> HostMemory:
@@ -151,7 +161,7 @@ def clear(memory: HostMemory, rows_B: Any) -> HostMemory:
         del memory.lists[place]
     memory.arrays.documents[rows_B] = -1
     memory.arrays.written[rows_B] = 0
-    return HostMemory(memory._held, memory.number, memory.arrays.written.copy())
+    return HostMemory.of(memory._held, memory.number)
 
 
 def write(memory: HostMemory, keys: Any, values: Any, documents_BT: Any) -> HostMemory:
@@ -166,7 +176,7 @@ def write(memory: HostMemory, keys: Any, values: Any, documents_BT: Any) -> Host
             held[:, row, :, slot] = new[:, row, token].swapaxes(0, 1).astype(held.dtype)
         arrays.documents[row, slot] = documents_T[token]
         arrays.written[row] += count
-    return HostMemory(memory._held, memory.number, arrays.written.copy())
+    return HostMemory.of(memory._held, memory.number)
 
 
 def heads(memory: HostMemory) -> Iterator[tuple[Place, Head]]:
