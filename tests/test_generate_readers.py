@@ -1,5 +1,7 @@
 """Whatever reads the memory and wherever it lies, the same tokens come."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -22,14 +24,18 @@ def tiny(mesh):
 
 @pytest.mark.parametrize("reader", [name for name in config_lib.READER_NAMES if name != "dense"])
 def test_readers_that_find_everything_generate_what_dense_does(reader, mesh, tiny):
+    """Also where attention depends on how much is in the memory."""
+    model = dataclasses.replace(TINY, logn_keys=8)
+    dense, other = (
+        dataclasses.replace(tiny_config_of(max_new_tokens=12, reader=name), model=model) for name in ("dense", reader)
+    )
     prompts = prompts_of((40, 20))
-    config = tiny_config_of(max_new_tokens=12)
-    wanted = generate.generate(tiny, config, prompts, mesh)
+    wanted = generate.generate(tiny, dense, prompts, mesh)
     on, params = mesh, tiny
     if reader in READER_MESHES:
         on = sharding.make_mesh(READER_MESHES[reader], jax.devices())
         params = incremental.prepare(drawn(TINY), TINY, on)
-    found = generate.generate(params, tiny_config_of(max_new_tokens=12, reader=reader), prompts, on)
+    found = generate.generate(params, other, prompts, on)
     assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
 
 
