@@ -54,18 +54,6 @@ class Cache(NamedTuple):
         return self.keys[0].shape[2]
 
 
-def empty(config: ModelConfig, rows: int, capacity: int) -> Cache:
-    """Returns a cache without entries."""
-
-    def zeros(layers: int) -> tuple[jax.Array, ...]:
-        shape = (rows, config.kv_heads, capacity, config.head_dim)
-        return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(layers))
-
-    return Cache(
-        zeros(config.layers), zeros(config.layers), zeros(len(config.memory_layers)), jnp.zeros(rows, jnp.int32)
-    )
-
-
 def layer_of(cache: Cache, index: int, config: ModelConfig) -> Cache:
     """Returns the cache of one layer alone."""
     stored = tuple(x for x, layer in zip(cache.stored, config.memory_layers, strict=True) if layer == index)

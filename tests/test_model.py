@@ -364,6 +364,10 @@ def test_logits_grow_with_the_logarithm_of_the_keys_in_memory(name):
         close(found.hidden[row], wanted.hidden[row])
 
 
+def test_log_n_scaling_changes_no_training():
+    same(gradients(PAPER), gradients(dataclasses.replace(PAPER, logn_keys=2)))
+
+
 def test_few_keys_change_no_bit_by_log_n_scaling():
     first = evaluate(params(PAPER), KEEP - 1, None, PAPER, None)
     memories, reader = written(PAPER, first, DOCUMENTS[KEEP - 1]), Reader("dense", 1, 5, True, 0.9, 4, 2)
