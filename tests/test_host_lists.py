@@ -49,7 +49,7 @@ def close(left: Partial, right: Partial) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), left, right)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("multi_doc", [True, False])
 @pytest.mark.parametrize("capacity", [9, 100])
 def test_with_all_lists_read_it_is_exact(capacity, multi_doc, dtype):

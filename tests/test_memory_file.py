@@ -38,7 +38,7 @@ def same(left: Memory, right: Memory) -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, 10])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_memory_comes_back_bit_for_bit_and_is_not_read_at_once(tmp_path, dtype, capacity):
     memory_file.save(filled(dtype, capacity), OWNER, tmp_path / "new" / "memory")
     loaded = memory_file.load(tmp_path / "new" / "memory", OWNER)

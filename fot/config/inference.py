@@ -6,7 +6,7 @@ from fot.config.checks import not_negative, one_of, positive, require
 from fot.config.model import DTYPES
 
 READER_NAMES = ("dense", "knn", "approximate", "clustered", "host", "host_lists", "sharded_dense", "sharded_knn")
-MEMORY_DTYPES = ("compute", *DTYPES)
+MEMORY_DTYPES = ("compute", *DTYPES, "float16")
 MEMORY_MODES = ("single_doc", "multi_doc")
 OVERFLOWS = ("drop_oldest", "refuse")
 
@@ -38,6 +38,7 @@ class EvaluateConfig:
       retrieved: for retrieval, memory tokens shown for each of them, per layer and head.
       surroundings: for retrieval, how many tokens are shown before and after each memory token.
       memory_dtype: dtype of the keys and values that a dictionary's memory holds; "compute" is `model.compute_dtype`.
+        On a CPU, where XLA copies a whole bfloat16 memory at each write, "float16" is the half precision to take.
       questions: windows of questions put to a dictionary at each memory length.
       lengths: for passkey, lengths of the prompts in tokens, ascending.
       depths: for passkey, shares of the filler that come before the key, ascending.
@@ -122,7 +123,7 @@ class GenerateConfig:
       top_p: draw from the likeliest tokens that have this probability together; 1 is all.
       seed: of the draws.
       reader: entry of `fot.readers.table.READERS`.
-      memory_dtype: dtype of the keys and values in memory; "compute" is `model.compute_dtype`.
+      memory_dtype: dtype of the keys and values in memory; "compute" is `model.compute_dtype`. See `evaluate`.
       memory_block: entries by which memories differ in size and grow; larger compiles more rarely and wastes more.
       windows: windows of a prompt read at once, see `evaluate.windows`; changes no result.
     """

@@ -7,7 +7,6 @@ overwritten. What an inverted file doesn't know yet "host_lists" reads exactly, 
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fot.attention import Partial
@@ -23,7 +22,7 @@ class HeadLists(NamedTuple):
     """The inverted file of one layer, row and head.
 
     Attributes:
-      index: a FAISS index that numbers keys by their slots; of bfloat16 keys it holds 2 bytes a number, else 4.
+      index: a FAISS index that numbers keys by their slots; it holds numbers as wide as the keys'.
       written: entries that the row had taken when they were listed; those that came since are not.
     """
 
@@ -75,10 +74,12 @@ def _trained(keys: np.ndarray, list_size: int) -> Any:
 
     count, H = -(-len(keys) // list_size), keys.shape[1]
     inner = faiss.METRIC_INNER_PRODUCT
+    halves = {"bfloat16": faiss.ScalarQuantizer.QT_bf16, "float16": faiss.ScalarQuantizer.QT_fp16}
+    half = halves.get(keys.dtype.name)
     index = (
-        faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(H), H, count, faiss.ScalarQuantizer.QT_bf16, inner, False)
-        if keys.dtype == jnp.bfloat16
-        else faiss.IndexIVFFlat(faiss.IndexFlatIP(H), H, count, inner)
+        faiss.IndexIVFFlat(faiss.IndexFlatIP(H), H, count, inner)
+        if half is None
+        else faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(H), H, count, half, inner, False)
     )
     index.by_residual = False
     index.cp.spherical, index.cp.niter = True, _ROUNDS
