@@ -40,7 +40,7 @@ passkey: $(STAMP)  ## Train passkey retrieval and evaluate it in prompts of up t
 	$(BIN)/python -m fot.evaluate passkey --workdir=runs/passkey_tiny
 
 test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow, files side by side.
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=8 --dist=loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 test-slow: $(TEST_STAMP)  ## Run the slow tests alone.
 	$(BIN)/python -m pytest -m slow

@@ -1,7 +1,8 @@
 """FoT 184M: T5 vocabulary of 32k, context 512, d = 2, then 64 for the last 50k of 500k steps (FoT, section 4).
 
 For the fine-tuning of FoT, section 4.2: `--config.crossbatch.d=2,128 --config.crossbatch.d_schedule=random` with
-`--config.data.batch_size=256`, since 128 documents have to be in a batch.
+`--config.data.batch_size=256`, since 128 documents have to be in a batch; on 4 chips of v4 also with
+`--config.model.remat=elementwise`.
 """
 
 import ml_collections

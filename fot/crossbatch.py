@@ -8,14 +8,17 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from fot import attention
+from fot import attention, sharding
 from fot.attention import Partial, Tokens
 from fot.config import CrossbatchConfig
+from fot.sharding import ROWS
 
 
 class Table(NamedTuple):
@@ -102,14 +105,20 @@ VARIANTS: dict[str, Callable[[CrossbatchConfig, int, int], Table]] = {
 
 
 def make_table(config: CrossbatchConfig, rows: int, d: int) -> Table:
-    """Returns the table of `config.variant` for a batch of `rows` rows; d counts for the variant "previous" alone."""
-    return VARIANTS[config.variant](config, rows, d)
+    """Returns the table of `config.variant` for a batch of `rows` rows: that of a group, for each of `config.groups`.
+
+    d counts for the variant "previous" alone.
+    """
+    each = rows // config.groups
+    group = VARIANTS[config.variant](config, each, d)
+    contexts_BC, negative_BC = (np.tile(x, (config.groups, 1)) for x in group)
+    first_B = np.arange(rows, dtype=np.int32) // each * each
+    return Table(np.where(contexts_BC < 0, -1, contexts_BC + first_B[:, None]), negative_BC)
 
 
-def loss_rows(config: CrossbatchConfig, rows: int) -> np.ndarray:
-    """Returns the rows whose loss is taken, int32: all, or the last of each pack (the paper's C_curr)."""
-    every = np.arange(rows, dtype=np.int32)
-    return every if config.loss_rows == "all" else every[config.packing - 1 :: config.packing]
+def loss_rows(config: CrossbatchConfig) -> slice:
+    """Returns the rows whose loss is taken: all, or the last of each pack (the paper's C_curr)."""
+    return slice(None) if config.loss_rows == "all" else slice(config.packing - 1, None, config.packing)
 
 
 def without_documents(table: Table) -> Table:
@@ -149,42 +158,79 @@ def attend_contexts(
     Returns:
       Partial attention over all columns.
     """
-    seen = [
-        (rows_A, _attend_alike(q_ATNH[rows_A], k_BTGH, v_BTGH, queries, tokens, table, rows_A, block))
-        for rows_A in alike(table)
-    ]
-    if len(seen) == 1 and len(seen[0][0]) == len(q_ATNH):
-        return seen[0][1]
-    out, lse = jnp.zeros(q_ATNH.shape, jnp.float32), jnp.full(q_ATNH.shape[:3], -jnp.inf)
-    for rows_A, part in seen:
-        out = out.at[rows_A].set(part.out, unique_indices=True)
-        lse = lse.at[rows_A].set(part.lse, unique_indices=True)
-    return Partial(out, lse)
+    chex.assert_equal_shape_prefix([q_ATNH, table.contexts_BC], 1)
+    table, shards = _filled(table), sharding.row_shards()
+    if len(q_ATNH) % shards or len(k_BTGH) % shards:
+        return _attend_rows(q_ATNH, k_BTGH, v_BTGH, queries, tokens, table, _counts(table, 1), block)
+    count_A, own = _counts(table, shards), of_shards(table, len(k_BTGH), shards)
+
+    def here(q, k, v, queries, tokens, table):
+        if own is None:
+            k, v, tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, ROWS, tiled=True), (k, v, tokens))
+        return _attend_rows(q, k, v, queries, tokens, table, count_A, block)
+
+    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, sharding.MESH_AXES["heads"])
+    spread = sharding.over_devices(here, in_specs=(heads, heads, heads, rows, rows, rows), out_specs=heads)
+    return spread(q_ATNH, k_BTGH, v_BTGH, queries, tokens, table if own is None else own)
 
 
-def alike(table: Table) -> list[np.ndarray]:
+def of_shards(table: Table, rows: int, shards: int) -> Table | None:
+    """Returns the table with contexts numbered within the shard of the query; None if any is of another shard.
+
+    Args:
+      table: of A queries, which are split over the shards as the rows are.
+      rows: that the contexts are of.
+      shards: that both are split over, evenly.
+    """
+    each = rows // shards
+    shard_A = np.arange(len(table.contexts_BC)) // (len(table.contexts_BC) // shards)
+    there_AC = table.contexts_BC >= 0
+    if (there_AC & (table.contexts_BC // each != shard_A[:, None])).any():
+        return None
+    return table._replace(contexts_BC=np.where(there_AC, table.contexts_BC % each, -1).astype(np.int32))
+
+
+def _filled(table: Table) -> Table:
+    """Returns the table with each row's contexts in its first columns."""
+    order_BC = np.argsort(table.contexts_BC < 0, axis=1, kind="stable")
+    return Table(*(np.take_along_axis(x, order_BC, 1) for x in table))
+
+
+def _counts(table: Table, shards: int) -> np.ndarray:
+    """Returns how many contexts each row of a shard sees, at most, on any shard."""
+    return (table.contexts_BC >= 0).sum(1).reshape(shards, -1).max(0)
+
+
+def alike(count_A: np.ndarray) -> list[np.ndarray]:
     """Groups the rows that see anything by how many contexts they see, in quarters of the most, so that few see none.
 
     In packs the first rows see few contexts and the last ones many: all at once, half of the work would be for nothing.
     """
-    count_B = (table.contexts_BC >= 0).sum(1)
-    quarter_B = -(-4 * count_B // max(count_B.max(initial=0), 1))
-    return [np.flatnonzero(quarter_B == quarter).astype(np.int32) for quarter in range(1, 5) if quarter in quarter_B]
+    quarter_A = -(-4 * count_A // max(count_A.max(initial=0), 1))
+    return [np.flatnonzero(quarter_A == quarter).astype(np.int32) for quarter in range(1, 5) if quarter in quarter_A]
 
 
-def _attend_alike(q_ATNH, k_BTGH, v_BTGH, queries: Tokens, tokens: Tokens, table: Table, rows_A, block: int) -> Partial:
-    """`attend_contexts` of the queries of these rows alone, in as many columns as one of them needs."""
-    contexts_AC, negative_AC = table.contexts_BC[rows_A], table.negative_BC[rows_A]
-    filled_AC = np.argsort(contexts_AC < 0, axis=1, kind="stable")[:, : (contexts_AC >= 0).sum(1).max()]
-    q = attention.split_heads(q_ATNH, k_BTGH.shape[2])
-    columns = _Columns(
-        keys_CA=jnp.asarray(np.take_along_axis(contexts_AC, filled_AC, 1).T),
-        others_CA=jnp.asarray(np.take_along_axis(negative_AC, filled_AC, 1).T),
-        queries=Tokens(queries.documents[rows_A], queries.positions[rows_A]),
-        tokens=tokens,
-    )
-    out, lse = _attend(q, k_BTGH.swapaxes(1, 2), v_BTGH.swapaxes(1, 2), columns, block)
-    return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
+def _attend_rows(q_ATNH, k_BTGH, v_BTGH, queries: Tokens, tokens: Tokens, table: Table, count_A, block: int) -> Partial:
+    """`attend_contexts` on one device, where row a sees the contexts in the first count_A[a] columns at most."""
+
+    def attend(rows_A: np.ndarray) -> Partial:
+        """Of the queries of these rows alone, in as many columns as one of them needs."""
+        contexts_AC, negative_AC = (x[rows_A, : count_A[rows_A].max()] for x in table)
+        q = attention.split_heads(q_ATNH[rows_A], k_BTGH.shape[2])
+        tokens_A = Tokens(queries.documents[rows_A], queries.positions[rows_A])
+        columns = _Columns(jnp.asarray(contexts_AC).T, jnp.asarray(negative_AC).T, tokens_A, tokens)
+        out, lse = _attend(q, k_BTGH.swapaxes(1, 2), v_BTGH.swapaxes(1, 2), columns, block)
+        return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
+
+    groups = alike(count_A)
+    if len(groups) == 1 and len(groups[0]) == len(q_ATNH):
+        return attend(groups[0])
+    out, lse = jnp.zeros(q_ATNH.shape, jnp.float32), jnp.full(q_ATNH.shape[:3], -jnp.inf)
+    for rows_A in groups:
+        part = attend(rows_A)
+        out = out.at[rows_A].set(part.out, unique_indices=True)
+        lse = lse.at[rows_A].set(part.lse, unique_indices=True)
+    return Partial(out, lse)
 
 
 class _Columns(NamedTuple):

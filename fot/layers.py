@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from fot import attention
+from fot import attention, sharding
 from fot.attention import Partial
 from fot.config import ModelConfig
 
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         return _unit(k) if self.qk_norm else k, v
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        projected = checkpoint_name(_dense(x_BTD, getattr(self, name)[...]), QKV)
+        projected = checkpoint_name(sharding.activation(_dense(x_BTD, getattr(self, name)[...]), "heads"), QKV)
         bias = getattr(self, f"{name}_bias", None)
         return projected if bias is None else projected + bias[...]
 
@@ -148,13 +148,13 @@ class Mlp(nnx.Module):
         self.down = _normal(rngs, (F, D), F, (2 * config.layers) ** -0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] → [..., D]."""
-        up = checkpoint_name(_matmul(x, self.up[...]), HIDDEN)
-        if hasattr(self, "gate"):
-            hidden = jax.nn.silu(checkpoint_name(_matmul(x, self.gate[...]), HIDDEN)) * up
-        else:
-            hidden = jax.nn.gelu(up)
+        """[B, T, D] → [B, T, D]."""
+        up = self._project(x, "up")
+        hidden = jax.nn.silu(self._project(x, "gate")) * up if hasattr(self, "gate") else jax.nn.gelu(up)
         return _matmul(hidden, self.down[...])
+
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        return checkpoint_name(sharding.activation(_matmul(x_BTD, getattr(self, name)[...]), "hidden"), HIDDEN)
 
 
 class Block(nnx.Module):
@@ -180,8 +180,9 @@ class Block(nnx.Module):
 
     def finish(self, x_BTD: jax.Array, out_BTNH: jax.Array) -> jax.Array:
         """Adds attention output and feed-forward layer to the residual stream."""
-        x_BTD = x_BTD + self.attention.project_out(out_BTNH)
-        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.epsilon))
+        out_BTNH = sharding.activation(out_BTNH, "heads")
+        x_BTD = sharding.activation(x_BTD + self.attention.project_out(out_BTNH), "stream")
+        return sharding.activation(x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.epsilon)), "stream")
 
 
 class Ends(nnx.Module):

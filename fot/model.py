@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fot import attention, crossbatch
+from fot import attention, crossbatch, sharding
 from fot.attention import Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
@@ -85,7 +84,7 @@ def apply(
     config: ModelConfig,
     *,
     table: Table | None = None,
-    keep: np.ndarray | None = None,
+    keep: slice = slice(None),
     memory: Memory | None = None,
     reader: Reader | None = None,
 ) -> Output:
@@ -97,7 +96,7 @@ def apply(
       tokens: [B, T], documents and positions, from which every mask is made.
       config: the model.
       table: crossbatch contexts of each row (training).
-      keep: rows wanted; the others are context alone and stop at the last memory layer. None is all.
+      keep: rows wanted; the others are context alone and stop at the last memory layer.
       memory: what the memory layers read, with `reader`.
       reader: how they read it.
 
@@ -108,10 +107,8 @@ def apply(
     source = Source(tokens, table, memory, reader)
     count = len(config.memory_layers)
     x_BTD, entries, reads = _climb(layers, x_BTD, config, source, count, keep)
-    last = tokens
-    if keep is not None:
-        last = Tokens(tokens.documents[keep], tokens.positions[keep])
-        x_BTD = x_BTD if config.memory_layers else x_BTD[keep]
+    x_BTD = x_BTD if config.memory_layers else x_BTD[keep]
+    last = Tokens(tokens.documents[keep], tokens.positions[keep])
     x_BTD = _run(layers, _after(config, count), config.layers, x_BTD, last, config)
     hidden = rms_norm(x_BTD, params["final_norm"], config.norm_epsilon)
     return Output(hidden, *_stacked(entries, x_BTD.dtype, inputs_BT.shape, config), tuple(reads))
@@ -134,7 +131,7 @@ def memory_entries(
     entries: list[Entries] = []
     if config.memory_layers:
         last, before = config.memory_layers[-1], len(config.memory_layers) - 1
-        x_BTD, entries, _ = _climb(layers, x_BTD, config, Source(tokens, memory=memory, reader=reader), before, None)
+        x_BTD, entries, _ = _climb(layers, x_BTD, config, Source(tokens, memory=memory, reader=reader), before)
         x_BTD = _run(layers, _after(config, before), last, x_BTD, tokens, config)
         block = block_of(config, _layer(layers, last))
         entries = [*entries, Entries(*block.project_entries(x_BTD))]
@@ -145,11 +142,11 @@ def _embed(params: Params, inputs_BT: jax.Array, config: ModelConfig) -> tuple[P
     """Returns the layers' parameters in the compute dtype, and the stream [B, T, D] that enters the first of them."""
     dtype = jnp.dtype(config.compute_dtype)
     layers = jax.tree.map(lambda p: p.astype(dtype), params["layers"])
-    return layers, params["embedding"].astype(dtype)[inputs_BT]
+    return layers, sharding.activation(params["embedding"].astype(dtype)[inputs_BT], "stream")
 
 
 def _climb(
-    layers: Params, x_BTD: jax.Array, config: ModelConfig, source: Source, count: int, keep: np.ndarray | None
+    layers: Params, x_BTD: jax.Array, config: ModelConfig, source: Source, count: int, keep: slice = slice(None)
 ) -> tuple[jax.Array, list[Entries], list[Reads]]:
     """Runs the layers up to the count-th memory layer, which it includes.
 
@@ -160,7 +157,7 @@ def _climb(
     entries, reads = [], []
     for index, layer in enumerate(config.memory_layers[:count]):
         x_BTD = _run(layers, _after(config, index), layer, x_BTD, source.tokens, config)
-        rows = keep if layer == config.memory_layers[-1] else None
+        rows = keep if layer == config.memory_layers[-1] else slice(None)
         step = remat(functools.partial(memory_layer, config=config, source=source, index=index, keep=rows))
         x_BTD, k, v, read = step(_layer(layers, layer), x_BTD)
         entries.append(Entries(k, v))
@@ -235,7 +232,7 @@ _POSITIONS: dict[str, Callable[[jax.Array, ModelConfig], jax.Array]] = {
 
 
 def memory_layer(
-    layer: Params, x_BTD: jax.Array, *, config: ModelConfig, source: Source, index: int, keep: np.ndarray | None = None
+    layer: Params, x_BTD: jax.Array, *, config: ModelConfig, source: Source, index: int, keep: slice = slice(None)
 ) -> tuple[jax.Array, jax.Array, jax.Array, Reads]:
     """A layer that sees other contexts; returns the kept rows' stream, all rows' keys and values, the kept rows' reads.
 
@@ -247,12 +244,11 @@ def memory_layer(
     if source.memory is not None:
         q = attention.sharpen(q, source.memory.length, config.logn_keys)
     place = _POSITIONS[config.memory_positions]
-    rows = np.arange(len(x_BTD)) if keep is None else keep
-    q, x_BTD, queries = place(q[rows], config), x_BTD[rows], Tokens(tokens.documents[rows], tokens.positions[rows])
-    local = attention.attend_local(q, place(k[rows], config), v[rows], queries, config.attention_block)
+    q, x_BTD, queries = place(q[keep], config), x_BTD[keep], Tokens(tokens.documents[keep], tokens.positions[keep])
+    local = attention.attend_local(q, place(k[keep], config), v[keep], queries, config.attention_block)
     remote = []
     if table is not None and table.contexts_BC.shape[1] > 0:
-        seen = Table(table.contexts_BC[rows], table.negative_BC[rows])
+        seen = Table(table.contexts_BC[keep], table.negative_BC[keep])
         remote.append(crossbatch.attend_contexts(q, k, v, queries, tokens, seen, config.attention_block))
     if source.memory is not None:
         remote.append(readers.read(q, queries.documents, source.memory.slots(index), source.reader))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fot import crossbatch, model
 from fot.attention import Tokens
@@ -134,7 +133,7 @@ class Plan(NamedTuple):
     """
 
     table: Table
-    keep: np.ndarray
+    keep: slice
     tokens_from_documents: bool
 
 
@@ -142,7 +141,7 @@ def plan(config: ExperimentConfig, d: int) -> Plan:
     """Returns the plan of a training microbatch at crossbatch dimension d."""
     rows = config.data.batch_size // config.train.accumulation
     table = crossbatch.make_table(config.crossbatch, rows, d)
-    keep = crossbatch.loss_rows(config.crossbatch, rows)
+    keep = crossbatch.loss_rows(config.crossbatch)
     if config.crossbatch.mask_documents:
         return Plan(table, keep, True)
     return Plan(crossbatch.without_documents(table), keep, False)
@@ -160,9 +159,7 @@ def loss_sums(params: Params, batch: Batch, config: ModelConfig, plan: Plan) -> 
     tokens = Tokens(batch.documents, batch.positions)
     if not plan.tokens_from_documents:
         tokens = crossbatch.rows_as_documents(*batch.tokens.shape)
-    everything = len(plan.keep) == len(batch.tokens)
-    keep = None if everything else plan.keep
-    output = model.apply(params, batch.tokens, tokens, config, table=plan.table, keep=keep)
+    output = model.apply(params, batch.tokens, tokens, config, table=plan.table, keep=plan.keep)
     targets = _Targets(batch.targets[plan.keep], batch.weights[plan.keep])
     sums = _streamed_sums(model.head(params, config), output.hidden, targets, config.loss_block)
     return sums.nll, sums

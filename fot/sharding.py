@@ -1,5 +1,6 @@
-"""Where arrays live: the mesh, and one table that places every parameter and optimizer moment on it."""
+"""Where arrays live: the mesh, and two tables that place parameters, their moments and activations on it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,8 +35,23 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
     "down": ("layer", "mlp", "dim"),
 }
 
-# The mesh axis that splits a logical axis; a logical axis that is not named here is not split.
-MESH_AXES = {"dim": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+# The logical axes of the activations that say where they lie; where others lie follows from these.
+ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
+    "microbatches": ("microbatch", "rows", "tokens"),
+    "stream": ("rows", "tokens", "width"),
+    "heads": ("rows", "tokens", "heads", "head_dim"),
+    "hidden": ("rows", "tokens", "mlp"),
+}
+
+# The mesh axes that split a logical axis; a logical axis that is not named here is not split.
+MESH_AXES = {
+    "rows": ROWS,
+    "dim": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
@@ -109,6 +125,45 @@ def abstract_params(init: Any, config: ModelConfig, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays [R, T]: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(ROWS, None))
+
+
+def row_shards() -> int:
+    """Returns in how many parts rows lie on the mesh of `jax.set_mesh`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def activation(x: jax.Array, name: str) -> jax.Array:
+    """Tells the compiler where an activation, and its cotangent, lies on the mesh of `jax.set_mesh`.
+
+    Without a mesh there is nothing to tell. Rows that are fewer than the devices for them lie as the compiler likes.
+
+    Args:
+      x: of the axes that its name has.
+      name: in `ACTIVATION_AXES`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    axes = dict(zip(ACTIVATION_AXES[name], x.shape, strict=True))
+    splits = {axis: MESH_AXES.get(axis) for axis in axes}
+    if axes["rows"] < row_shards():
+        splits["rows"] = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*splits.values()))
+
+
+def over_devices(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """Lets each device of `jax.set_mesh` run `f` on the rows and heads that it has; without a mesh there is one device.
+
+    Args:
+      f: called with the device's part of each argument; may use collectives over `ROWS`.
+      in_specs: how rows and heads of the arguments are split.
+      out_specs: how those of the results are.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    axes = {*ROWS, MESH_AXES["heads"]}
+    # Loops start from constants, which the check of what varies over devices does not allow.
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -69,7 +69,8 @@ class Run(NamedTuple):
             contexts["_with_contexts"] = self.config.crossbatch.d[0]
         losses = {}
         for name, d in contexts.items():
-            sums = [self.held_out_step(params, batch, d=d) for batch in self.held_out]
+            with jax.set_mesh(self.mesh):
+                sums = [self.held_out_step(params, batch, d=d) for batch in self.held_out]
             weight = sum(s.weight for s in sums)
             losses[f"held_out/loss{name}"] = float(sum(s.nll for s in sums) / weight)
             losses[f"held_out/accuracy{name}"] = float(sum(s.correct for s in sums) / weight)

@@ -138,14 +138,19 @@ def _gradients(params: model.Params, batch: Batch, config: ExperimentConfig, pla
     if count == 1:
         total, sums = gradient(params, batch, config.model, plan)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
         zero = jax.tree.map(jnp.zeros_like, params), Sums(*3 * [jnp.zeros(())])
 
         def step(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, part, config.model, plan)), None
 
-        (total, sums), _ = jax.lax.scan(step, zero, parts)
+        (total, sums), _ = jax.lax.scan(step, zero, _microbatches(batch, config))
     return jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), total), sums
+
+
+def _microbatches(batch: Batch, config: ExperimentConfig) -> Batch:
+    """Returns the microbatches [A, R, T] of a batch, the rows of each spread over devices as those of a batch are."""
+    shape = config.train.accumulation, -1, config.data.context
+    return jax.tree.map(lambda x: sharding.activation(x.reshape(shape), "microbatches"), batch)
 
 
 def lower_step(config: ExperimentConfig, mesh: Mesh, d: int) -> jax.stages.Lowered:
@@ -161,7 +166,8 @@ def lower_step(config: ExperimentConfig, mesh: Mesh, d: int) -> jax.stages.Lower
     )
     shape = (config.data.batch_size, config.data.context)
     whole, half = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    return step.lower(abstract, Batch(whole, whole, half, whole, whole))
+    with jax.set_mesh(mesh):
+        return step.lower(abstract, Batch(whole, whole, half, whole, whole))
 
 
 def compile_step(config: ExperimentConfig, mesh: Mesh, d: int) -> Callable[[TrainState, Batch], tuple]:
@@ -170,20 +176,23 @@ def compile_step(config: ExperimentConfig, mesh: Mesh, d: int) -> Callable[[Trai
 
 
 def held_out_sums(params: model.Params, batch: Batch, config: ExperimentConfig, d: int) -> Sums:
-    """Sums of a batch of held-out documents; d = 0 is without contexts."""
+    """Sums of a batch of held-out documents, microbatch by microbatch as in training; d = 0 is without contexts."""
     plan = objective.plan(config, max(d, 1))
     if d == 0:
         plan = plan._replace(table=crossbatch.none(config.crossbatch, len(plan.table.contexts_BC), d))
-    return objective.loss_sums(params, batch, config.model, plan)[1]
+    parts = _microbatches(batch, config)
+    each = jax.lax.map(lambda part: objective.loss_sums(params, part, config.model, plan)[1], parts)
+    return jax.tree.map(jnp.sum, each)
 
 
 def step_flops(config: ExperimentConfig, d: int) -> int:
     """Returns the model's floating point operations of one train step, by the formula of `fot.flops`."""
     plan = objective.plan(config, d)
+    rows = len(plan.table.contexts_BC)
     return config.train.accumulation * flops.train_flops(
         config.model,
-        rows=len(plan.table.contexts_BC),
-        loss_rows=len(plan.keep),
+        rows=rows,
+        loss_rows=len(range(rows)[plan.keep]),
         context=config.data.context,
         context_pairs=int((plan.table.contexts_BC >= 0).sum()),
     )

@@ -25,6 +25,13 @@ from fot import config as config_lib  # noqa: E402
 from fot import model  # noqa: E402
 from fot.checkpoint import Checkpointer  # noqa: E402
 
+LONGEST = ("test_notebooks.py", "test_lossless.py", "test_train.py", "test_train_step.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: side by side with others, none is left to run alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():

@@ -13,7 +13,7 @@ from fot.compile import generations, report, search, table
 from fot.compile.__main__ import Flags
 from fot.compile.generations import GENERATIONS, GIB
 from fot.compile.report import Report
-from fot.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
+from fot.config import CrossbatchConfig, DataConfig, ExperimentConfig, MeshConfig, ModelConfig
 from fot.errors import ConfigError, UserError
 
 FULL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the temporaries (94.19G) exceed available HBM (30.75G)."
@@ -238,6 +238,17 @@ def test_the_tpus_compiler_compiles_a_step():
     assert done.fits and done.devices == 4
     assert done.program.estimate.cycles > 0 and done.program.estimate.unknown_loops == 0
     assert {"fsdp", "tensor"} <= {axis for each in done.program.collectives for axis in each.axes.split(" × ")}
+
+
+@libtpu
+def test_groups_of_a_device_send_no_more_for_more_contexts():
+    def sent(d: int) -> list[tuple[str, str, int]]:
+        crossbatch = CrossbatchConfig(d=(d,), groups=2)
+        config = dataclasses.replace(of_mesh(fsdp=2, tensor=2), crossbatch=crossbatch)
+        moved = report.examine(config, "v4:2x2x1", d, -1.0).program.collectives
+        return [(each.kind, each.axes, each.bytes) for each in moved]
+
+    assert sent(1) == sent(2)
 
 
 @libtpu

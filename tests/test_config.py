@@ -101,6 +101,10 @@ WRONG = [
     ({"crossbatch.d": (0,)}, "crossbatch.d=(0,) must name at least one d, each above 0"),
     ({"crossbatch.d": (5,)}, "crossbatch.d=(5,): 8 rows"),
     ({"crossbatch.d": (4,), "train.accumulation": 2}, "so d can be at most 2"),
+    ({"crossbatch.groups": 0}, "crossbatch.groups=0 must be greater than 0"),
+    ({"crossbatch.groups": 3}, "crossbatch.groups=3 must divide the 4 packs of a microbatch"),
+    ({"crossbatch.groups": 4, "train.accumulation": 2}, "crossbatch.groups=4 must divide the 2 packs"),
+    ({"crossbatch.groups": 2, "crossbatch.d": (3,)}, "so d can be at most 2"),
     ({"crossbatch.d": (1, 2)}, "crossbatch.d=(1, 2) has several phases"),
     ({"crossbatch.d": (1, 2), "crossbatch.d_schedule": "steps"}, "crossbatch.d_steps=() must be 1 ascending steps"),
     (
@@ -177,6 +181,7 @@ RIGHT = [
     {"crossbatch.d": (2,), "train.accumulation": 2},
     {"crossbatch.d": (1, 4), "crossbatch.d_schedule": "steps", "crossbatch.d_steps": (10,)},
     {"crossbatch.d": (1, 4), "crossbatch.d_schedule": "random"},
+    {"crossbatch.d": (2,), "crossbatch.groups": 2},
     {"crossbatch.packing": 4, "crossbatch.w": 3},
     {"crossbatch.packing": 4, "crossbatch.variant": "segments"},
     {"crossbatch.variant": "released", "crossbatch.range": 7},

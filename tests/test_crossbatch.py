@@ -105,11 +105,35 @@ def test_released_range_and_stepping_never_wrap(packing, reach, stepping):
         assert [c for c, _ in contexts] == [row - back for back in range(1, with_itself)]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_groups_are_batches_of_their_own(variant):
+    alone = crossbatch.make_table(config_of(variant), 8, 2)
+    table = crossbatch.make_table(dataclasses.replace(config_of(variant), groups=3), 24, 2)
+    for group in range(3):
+        rows = slice(8 * group, 8 * group + 8)
+        np.testing.assert_array_equal(
+            table.contexts_BC[rows], np.where(alone.contexts_BC < 0, -1, alone.contexts_BC + 8 * group)
+        )
+        np.testing.assert_array_equal(table.negative_BC[rows], alone.negative_BC)
+
+
+def test_tables_whose_rows_see_their_own_shard_are_tables_of_shards():
+    grouped = crossbatch.make_table(CrossbatchConfig(groups=4), 16, 2)
+    for shards in (1, 2, 4):
+        own = crossbatch.of_shards(grouped, 16, shards)
+        there = grouped.contexts_BC >= 0
+        np.testing.assert_array_equal(own.contexts_BC >= 0, there)
+        first = np.arange(16)[:, None] // (16 // shards) * (16 // shards)
+        np.testing.assert_array_equal((own.contexts_BC + first)[there], grouped.contexts_BC[there])
+    assert crossbatch.of_shards(grouped, 16, 8) is None
+    assert crossbatch.of_shards(crossbatch.make_table(CrossbatchConfig(), 16, 2), 16, 2) is None
+    last = crossbatch.loss_rows(CrossbatchConfig(loss_rows="last"))
+    assert crossbatch.of_shards(Table(*(x[last] for x in grouped)), 16, 4).contexts_BC.max() == 2
+
+
 def test_loss_rows_are_all_or_the_last_of_each_pack():
-    every = crossbatch.loss_rows(CONFIG, 8)
-    np.testing.assert_array_equal(every, np.arange(8))
-    last = crossbatch.loss_rows(dataclasses.replace(CONFIG, loss_rows="last"), 8)
-    np.testing.assert_array_equal(last, [3, 7])
+    assert list(range(8)[crossbatch.loss_rows(CONFIG)]) == list(range(8))
+    assert list(range(8)[crossbatch.loss_rows(dataclasses.replace(CONFIG, loss_rows="last"))]) == [3, 7]
 
 
 # Attention to contexts.
@@ -224,7 +248,7 @@ def test_streamed_contexts_equal_the_plain_formula_in_value_and_gradient(variant
 def test_rows_are_grouped_so_that_few_wait_for_those_that_see_more():
     table = crossbatch.previous(CrossbatchConfig(packing=16, w=15), 64, 4)
     count_B = (table.contexts_BC >= 0).sum(1)
-    groups = crossbatch.alike(table)
+    groups = crossbatch.alike(count_B)
     np.testing.assert_array_equal(np.sort(np.concatenate(groups)), np.flatnonzero(count_B))
     visited = sum(len(rows) * count_B[rows].max() for rows in groups)
     assert count_B.sum() <= visited < 1.2 * count_B.sum() <= 0.6 * count_B.size * count_B.max()
@@ -232,7 +256,7 @@ def test_rows_are_grouped_so_that_few_wait_for_those_that_see_more():
 
 def test_groups_of_rows_equal_the_plain_formula_in_value_and_gradient():
     table = crossbatch.previous(CrossbatchConfig(packing=K, w=K - 1), B, 2)
-    assert len(crossbatch.alike(table)) == K - 1
+    assert len(crossbatch.alike((table.contexts_BC >= 0).sum(1))) == K - 1
     expected = value_and_gradients(lambda x: plain(x, table.contexts_BC, local_mask(), context_mask(table)))
     close(value_and_gradients(lambda x: streamed(x, table, 4)), expected)
 

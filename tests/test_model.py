@@ -47,7 +47,7 @@ CONFIGS = {"paper": PAPER, "llama": LLAMA}
 PACKS, K, T = 2, 2, 6
 ROWS = PACKS * K
 TABLE = crossbatch.previous(CrossbatchConfig(packing=K, w=1), ROWS, 2)
-KEEP = np.array([1, 3])
+PREVIOUS, KEEP = slice(0, None, 2), slice(1, None, 2)
 
 # Pack 0 ends a document inside its first row; pack 1 is one document.
 DOCUMENTS = np.array([[0] * 4 + [2] * 2, [2] * 6, [1] * 6, [1] * 6], np.int32)
@@ -79,7 +79,7 @@ def params(config: ModelConfig) -> model.Params:
 
 @functools.partial(jax.jit, static_argnames=("config", "crossbatched", "kept"))
 def _apply(params, inputs, documents, positions, config, crossbatched, kept):
-    table, keep = TABLE if crossbatched else None, KEEP if kept else None
+    table, keep = TABLE if crossbatched else None, KEEP if kept else slice(None)
     return model.apply(params, inputs, Tokens(documents, positions), config, table=table, keep=keep)
 
 
@@ -92,7 +92,7 @@ def _gradients(params, config, kept):
     """Gradients of a scalar that depends on the last row of each pack."""
 
     def loss(params):
-        output = model.apply(params, INPUTS, TOKENS, config, table=TABLE, keep=KEEP if kept else None)
+        output = model.apply(params, INPUTS, TOKENS, config, table=TABLE, keep=KEEP if kept else slice(None))
         hidden = output.hidden if kept else output.hidden[KEEP]
         return (model.unembed(params, hidden, config) * jnp.sin(jnp.arange(40.0))).mean()
 
@@ -290,9 +290,13 @@ def test_contexts_that_stop_early_get_the_same_gradients():
 
 
 @functools.partial(jax.jit, static_argnames=("config", "reader"))
-def evaluate(params, windows, memories, config, reader) -> model.Output:
-    inputs, tokens = INPUTS[windows], jax.tree.map(lambda x: x[windows], TOKENS)
+def _evaluate(params, inputs, tokens, memories, config, reader) -> model.Output:
     return model.apply(params, inputs, tokens, config, memory=memories, reader=reader)
+
+
+def evaluate(params, windows: slice, memories, config, reader) -> model.Output:
+    inputs, tokens = INPUTS[windows], jax.tree.map(lambda x: x[windows], TOKENS)
+    return _evaluate(params, inputs, tokens, memories, config, reader)
 
 
 def written(config: ModelConfig, entries: model.Output, documents: np.ndarray) -> memory.Memory:
@@ -307,7 +311,7 @@ def written(config: ModelConfig, entries: model.Output, documents: np.ndarray) -
 def test_reading_a_memory_equals_crossbatch_with_the_previous_context(positions, gate):
     """Each row remembers its own previous window: the paper's d = 1, and single-doc memory."""
     config = dataclasses.replace(PAPER, memory_positions=positions, memory_gate=gate)
-    previous, current = KEEP - 1, KEEP
+    previous, current = PREVIOUS, KEEP
     table = crossbatch.previous(CrossbatchConfig(packing=K, w=1), ROWS, 1)
     trained = jax.jit(lambda p: model.apply(p, INPUTS, TOKENS, config, table=table))(params(config))
     first = evaluate(params(config), previous, None, config, None)
@@ -336,7 +340,7 @@ def test_reading_a_memory_of_all_documents_equals_crossbatch_with_negatives():
 
     first = window(params(config), None, (0, 2))
     both = jax.tree.map(lambda x: jnp.repeat(x.reshape(1, 1, -1, *x.shape[3:]), 2, axis=1), first)
-    memories = written(config, both, np.tile(documents[KEEP - 1].reshape(1, -1), (2, 1)))
+    memories = written(config, both, np.tile(documents[PREVIOUS].reshape(1, -1), (2, 1)))
     close(window(params(config), memories, (1, 3)).hidden, trained.hidden)
 
 
@@ -348,8 +352,8 @@ def test_logits_grow_with_the_logarithm_of_the_keys_in_memory(name):
     """A memory layer then reads as one whose queries are longer by log n / log logn_keys."""
     config = dataclasses.replace(CONFIGS[name], logn_keys=4)
     [layer] = config.memory_layers
-    first = evaluate(params(config), KEEP - 1, None, config, None)
-    documents = np.where(np.arange(T) < np.array([[T], [4]]), DOCUMENTS[KEEP - 1], -1)
+    first = evaluate(params(config), PREVIOUS, None, config, None)
+    documents = np.where(np.arange(T) < np.array([[T], [4]]), DOCUMENTS[PREVIOUS], -1)
     memories, reader = written(config, first, documents), Reader("dense", 1, 5, True, 0.9, 4, 2)
     found = evaluate(params(config), KEEP, memories, config, reader)
     for row, keys in enumerate((T, 4)):
@@ -369,8 +373,8 @@ def test_log_n_scaling_changes_no_training():
 
 
 def test_few_keys_change_no_bit_by_log_n_scaling():
-    first = evaluate(params(PAPER), KEEP - 1, None, PAPER, None)
-    memories, reader = written(PAPER, first, DOCUMENTS[KEEP - 1]), Reader("dense", 1, 5, True, 0.9, 4, 2)
+    first = evaluate(params(PAPER), PREVIOUS, None, PAPER, None)
+    memories, reader = written(PAPER, first, DOCUMENTS[PREVIOUS]), Reader("dense", 1, 5, True, 0.9, 4, 2)
     outputs = [
         evaluate(params(PAPER), KEEP, memories, dataclasses.replace(PAPER, logn_keys=keys), reader)
         for keys in (0, T, 100)

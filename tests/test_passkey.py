@@ -262,7 +262,7 @@ def test_what_is_wrong_is_named(text):
         ("crossbatch", dict(d=(2,)), "at step 0 it is 1, which must be at least crossbatch.d, 2"),
         ("crossbatch", dict(d=(1, 2), d_schedule="steps", d_steps=(7,)), "at step 7 it is 1"),
         ("crossbatch", dict(d=(1, 2), d_schedule="accuracy"), "at step 0 it is 1"),
-        ("passkey", dict(documents_per_key=(3,)), "divide the 4 documents of a microbatch"),
+        ("passkey", dict(documents_per_key=(3,)), "divide the 4 documents of a group"),
     ],
 )
 def test_a_question_that_would_see_other_keys_and_a_pack_that_is_no_document_are_refused(group, fields, text):

@@ -19,6 +19,8 @@ class CrossbatchConfig:
       variant: "none", "previous" (the paper's d and w), "segments" (LongLLaMA's (p, n)), or "released"
         (range, stepping and packing of the released LongLLaMA code).
       packing: consecutive rows that continue one document, K.
+      groups: equal groups of consecutive packs in a microbatch; a row sees rows of its own group alone, as if each
+        group were a batch of its own. A multiple of the mesh's data × fsdp needs no communication for contexts.
       d: for "previous", documents whose contexts a row sees, its own included, for each phase of the schedule.
       w: for "previous", how many previous contexts of each document a row sees at most.
       segments: for "segments", (positives, negatives) for each place in the pack; sets K.
@@ -35,6 +37,7 @@ class CrossbatchConfig:
 
     variant: str = "previous"
     packing: int = 2
+    groups: int = 1
     d: tuple[int, ...] = (1,)
     w: int = 1
     segments: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 1), (3, 0))
@@ -51,7 +54,7 @@ class CrossbatchConfig:
         one_of(self, "variant", CROSSBATCH_VARIANTS)
         one_of(self, "loss_rows", LOSS_ROWS)
         one_of(self, "d_schedule", D_SCHEDULES)
-        positive(self, "packing", "w", "range")
+        positive(self, "packing", "groups", "w", "range")
         not_negative(self, "d_after")
         require(len(self.d) > 0 and all(d > 0 for d in self.d), f"d={self.d} must name at least one d, each above 0")
         if self.variant == "previous":

@@ -33,25 +33,31 @@ class ExperimentConfig:
             rows % divisor == 0,
             f"data.batch_size={rows} must be a multiple of crossbatch.packing × train.accumulation = {divisor}",
         )
-        rows = rows // self.train.accumulation
-        packs = rows // crossbatch.packing
+        packs = rows // divisor
+        require(
+            packs % crossbatch.groups == 0,
+            f"crossbatch.groups={crossbatch.groups} must divide the {packs} packs of a microbatch "
+            "(data.batch_size / train.accumulation / crossbatch.packing)",
+        )
+        packs = packs // crossbatch.groups
+        rows = packs * crossbatch.packing
         if crossbatch.variant == "previous":
             require(
                 max(crossbatch.d) <= packs,
-                f"crossbatch.d={crossbatch.d}: {rows} rows (data.batch_size / train.accumulation) in packs of "
-                f"{crossbatch.packing} hold {packs} documents, so d can be at most {packs}",
+                f"crossbatch.d={crossbatch.d}: {rows} rows (data.batch_size / train.accumulation / crossbatch.groups) "
+                f"in packs of {crossbatch.packing} hold {packs} documents, so d can be at most {packs}",
             )
         if crossbatch.variant == "segments":
             negatives = max(n for _, n in crossbatch.segments)
             require(
                 negatives <= rows - crossbatch.packing,
                 f"crossbatch.segments wants {negatives} negatives but only {rows - crossbatch.packing} rows belong "
-                "to other packs: raise data.batch_size",
+                "to other packs of a group: raise data.batch_size or lower crossbatch.groups",
             )
         if crossbatch.variant == "released":
             require(
                 crossbatch.range < rows,
-                f"crossbatch.range={crossbatch.range} must be below the {rows} rows of a microbatch",
+                f"crossbatch.range={crossbatch.range} must be below the {rows} rows of a group",
             )
         require(
             crossbatch.variant == "none" or len(self.model.memory_layers) > 0,
@@ -80,7 +86,7 @@ class ExperimentConfig:
             require(
                 seen <= each and packs % each == 0,
                 f"passkey.documents_per_key={passkey.documents_per_key}: at step {step} it is {each}, which must be at "
-                f"least crossbatch.d, {seen}, and divide the {packs} documents of a microbatch",
+                f"least crossbatch.d, {seen}, and divide the {packs} documents of a group",
             )
 
     def _check_dictionary(self) -> None:

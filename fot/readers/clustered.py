@@ -6,7 +6,6 @@ list are read once for many queries and meet them in a matrix product.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from fot.memory import Lists, Slots
 from fot.readers import chosen, knn
 from fot.readers.chosen import Chosen
 from fot.readers.reader import Reader
-from fot.sharding import MESH_AXES, ROWS
+from fot.sharding import MESH_AXES, ROWS, over_devices
 
 _TILE = 16  # queries that meet a list at once
 
@@ -44,7 +43,9 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     listed_BM = jnp.where(slots.listed, slots.documents, -1)
     query_documents = jnp.broadcast_to(documents_BT[:, None], (B, R, T)).reshape(B, R * T)
 
-    search = _over_devices(functools.partial(_search_heads, count=count, reader=reader))
+    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, MESH_AXES["kv_heads"])
+    search = functools.partial(_search_heads, count=count, reader=reader)
+    search = over_devices(search, in_specs=(heads, rows, rows, heads), out_specs=heads)
     found = search(q.reshape(B, G, R * T, H), query_documents, listed_BM, slots.lists)
     found = jax.tree.map(lambda x: x.reshape(B, G, R, T, -1), found)
     unlisted = slots._replace(documents=jnp.where(slots.listed, -1, slots.documents))
@@ -54,17 +55,6 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
         return chosen.best(jax.tree.map(lambda *x: jnp.concatenate(x, -1), found, rest), count)
 
     return jax.lax.cond((unlisted.documents >= 0).any(), join, lambda found: found, found)
-
-
-def _over_devices(search: Callable[..., Chosen]) -> Callable[..., Chosen]:
-    """Lets each device of `jax.set_mesh` search the rows and heads that it has; without a mesh there is one device."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return search
-    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, MESH_AXES["kv_heads"])
-    specs = (heads, rows, rows, heads)
-    axes = {*ROWS, MESH_AXES["kv_heads"]}
-    # Loops start from constants, which the check of what varies over devices does not allow.
-    return jax.shard_map(search, in_specs=specs, out_specs=heads, axis_names=axes, check_vma=False)
 
 
 def _search_heads(q_BGQH, query_documents_BQ, documents_BM, lists: Lists, *, count: int, reader: Reader) -> Chosen:
