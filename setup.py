@@ -19,6 +19,7 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "PyYAML>=6.0.3",
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6.5",
         "tqdm>=4.70",

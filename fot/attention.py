@@ -296,6 +296,7 @@ def _causal_backward(block, saved, cotangents):
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
+@jax.named_scope("local_attention")
 def attend_local(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, tokens: Tokens, block: int) -> Partial:
     """Causal attention of each row to itself, within documents.
 

@@ -33,6 +33,7 @@ CHANGEABLE = (
     "evaluate.",
     "mesh.",
     "model.attention_block",
+    "model.attention_kernel",
     "model.remat",
     "model.unroll",
     "train.steps",
@@ -259,12 +260,23 @@ def _open(directory: epath.Path, config: TrainConfig) -> ocp.CheckpointManager:
     keep = [ocp.checkpoint_managers.LatestN(config.keep_last)]
     if config.keep_every > 0:
         keep.append(ocp.checkpoint_managers.EveryNSteps(config.keep_every))
+    directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-        create=True,
+        create=False,
+        multiprocessing_options=_processes(),
         cleanup_tmp_directories=True,
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
     )
     return ocp.CheckpointManager(directory, options=options)
+
+
+def _processes() -> ocp.options.MultiprocessingOptions:
+    """Returns who takes part; naming them has orbax wait by JAX's coordinator, in any thread and not for ever.
+
+    Otherwise it waits by a computation of all devices, which comes after those that are under way.
+    """
+    several = jax.process_count() > 1
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())) if several else None)
 
 
 def _steps(directory: epath.Path) -> list[int]:
@@ -285,7 +297,7 @@ def _folder(directory: epath.Path, step: int | None) -> epath.Path:
 def _read(folder: epath.Path, **items: Any) -> ocp.args.Composite:
     """Reads the named items of a checkpoint."""
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_processes()) as reader:
             restored = reader.restore(folder, args=ocp.args.Composite(**items))
     except Exception as error:
         raise _damaged(folder, _first_line(error)) from error

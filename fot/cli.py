@@ -47,10 +47,19 @@ _WIDTH = 110
 
 
 class Command(NamedTuple):
-    """A parsed command line: the validated config, and the command's own flags as its dataclass."""
+    """A parsed command line: the validated config, and the command's own flags as its dataclass.
+
+    Attributes:
+      config: the validated config.
+      flags: the command's own flags.
+      file: value of --config, "" if it was not given.
+      overrides: the words --config.name=text that changed the file's values, each name once.
+    """
 
     config: ExperimentConfig
     flags: Any
+    file: str
+    overrides: tuple[str, ...]
 
 
 Load = Callable[[Any], ExperimentConfig]
@@ -107,7 +116,7 @@ def parse(
       SystemExit: with code 0, after `--help` was printed.
     """
     wants_help = any(word in _HELP for word in argv)
-    settings = _settings([word for word in argv if word not in _HELP], flags, wants_help)
+    settings = _settings([word for word in argv if word not in _HELP], _all_kinds(flags), wants_help)
     overrides = {name.removeprefix("config."): text for name, text in settings.items() if name.startswith("config.")}
     if wants_help:
         values = load_file(settings["config"]) if "config" in settings else config_lib.to_dict(ExperimentConfig())
@@ -120,7 +129,27 @@ def parse(
         values = config_lib.to_dict(load(own))
     else:
         raise UserError("flag --config is required, such as --config=configs/code_tiny.py")
-    return Command(config_lib.from_dict(complete(override(values, overrides))), own)
+    config = config_lib.from_dict(complete(override(values, overrides)))
+    words = tuple(f"--config.{name}={text}" for name, text in overrides.items())
+    return Command(config, own, settings.get("config", ""), words)
+
+
+def parse_flags(argv: Sequence[str], flags: type, usage: str | None) -> Any:
+    """Parses the command line of a command without a config, and returns its flags; raises as `parse` does."""
+    kinds = _flag_kinds(flags)
+    wants_help = any(word in _HELP for word in argv)
+    settings = _settings([word for word in argv if word not in _HELP], kinds, wants_help)
+    if wants_help:
+        lines = [
+            inspect.cleandoc(usage or ""),
+            "",
+            "Flags:",
+            *_flag_entries(flags),
+            *_entry("help", "", "show this text"),
+        ]
+        _print_to_pipe("\n".join(lines))
+        raise SystemExit(0)
+    return _own_flags(flags, settings)
 
 
 def load_file(path: str) -> dict[str, Any]:
@@ -163,11 +192,9 @@ def _replaced(values: Any, path: list[str], value: Any) -> dict[str, Any]:
     return {**group, path[0]: value if len(path) == 1 else _replaced(group.get(path[0], {}), path[1:], value)}
 
 
-def _settings(words: list[str], flags: type, ignore_missing: bool) -> dict[str, str]:
+def _settings(words: list[str], kinds: dict[str, Any], ignore_missing: bool) -> dict[str, str]:
     """Returns {flag name: text}; the last of repeated flags counts. Names are checked, texts are not."""
     settings: dict[str, str] = {}
-    kinds = {"config": str} | {f"config.{name}": kind for name, kind in _config_kinds().items()}
-    kinds |= _flag_kinds(flags)
     words = list(reversed(words))
     while words:
         word = words.pop()
@@ -199,6 +226,11 @@ def _check_name(name: str, kinds: dict[str, Any]) -> None:
         raise ConfigError(config_lib.unknown_field(name.removeprefix("config.")))
     own = [f"--{known}" for known in kinds if "." not in known] + ["--help"]
     raise UserError(f"unknown flag --{name}{nearest(f'--{name}', own) or '; --help lists all flags'}")
+
+
+def _all_kinds(flags: type) -> dict[str, Any]:
+    """Returns {flag: type} of the config's file and fields, and of a command's own flags."""
+    return {"config": str} | {f"config.{name}": kind for name, kind in _config_kinds().items()} | _flag_kinds(flags)
 
 
 def _flag_kinds(flags: type) -> dict[str, Any]:
@@ -292,14 +324,7 @@ def _text(value: Any) -> str:
 
 def _help(usage: str | None, flags: type, values: dict[str, Any], config_required: bool) -> str:
     current = dict(config_lib.fields(values))
-    kinds = _flag_kinds(flags)
-    lines = [inspect.cleandoc(usage or ""), "", "Flags:"]
-    for field in dataclasses.fields(flags):
-        # Only plain defaults are shown; a factory's is the command's own business.
-        shown = "" if field.default is dataclasses.MISSING else "=" + _text(field.default)
-        required = "" if shown else ", required"
-        name = field.name.removesuffix("_")
-        lines += _entry(name + shown, _kind_name(kinds[name]) + required, _descriptions(flags)[field.name])
+    lines = [inspect.cleandoc(usage or ""), "", "Flags:", *_flag_entries(flags)]
     about = "file with get_config(), such as configs/code_tiny.py; any field can be changed as shown below"
     lines += _entry("config", "str, required" if config_required else "str", about)
     lines += _entry("help", "", "show this text; with --config, the values of that file")
@@ -312,6 +337,18 @@ def _help(usage: str | None, flags: type, values: dict[str, Any], config_require
             shown = "=" + _text(current[group + name]) if group + name in current else ""
             lines += _entry(f"config.{group}{name}{shown}", _kind_name(kind), _descriptions(cls)[name])
     return "\n".join(lines)
+
+
+def _flag_entries(flags: type) -> list[str]:
+    """Returns the help's lines about a command's own flags."""
+    kinds, lines = _flag_kinds(flags), []
+    for field in dataclasses.fields(flags):
+        # Only plain defaults are shown; a factory's is the command's own business.
+        shown = "" if field.default is dataclasses.MISSING else "=" + _text(field.default)
+        required = "" if shown else ", required"
+        name = field.name.removesuffix("_")
+        lines += _entry(name + shown, _kind_name(kinds[name]) + required, _descriptions(flags)[field.name])
+    return lines
 
 
 def _entry(flag: str, kind: str, description: str) -> list[str]:

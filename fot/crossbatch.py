@@ -132,6 +132,7 @@ def rows_as_documents(rows: int, length: int) -> Tokens:
     return Tokens(row_BT, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)))
 
 
+@jax.named_scope("contexts")
 def attend_contexts(
     q_ATNH: jax.Array,
     k_BTGH: jax.Array,

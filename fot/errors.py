@@ -23,3 +23,7 @@ class TrainingError(UserError):
 
 class ConversionError(UserError):
     """A checkpoint of another program that can't be read, or a model that can't be expressed in the other format."""
+
+
+class LostError(UserError):
+    """Another process of the run is gone, or does not answer; the same command goes on from the newest checkpoint."""

@@ -124,6 +124,7 @@ class Attention(nnx.Module):
             share_BTN = jax.nn.sigmoid(self.memory_gate[...].astype(jnp.float32))
         return jnp.where(lse_BTN == -jnp.inf, 0.0, share_BTN)
 
+    @jax.named_scope("projections")
     def project_out(self, out_BTNH: jax.Array) -> jax.Array:
         """Returns [B, T, D]."""
         w_NHD = self.output[...]
@@ -147,6 +148,7 @@ class Mlp(nnx.Module):
         self.up = _normal(rngs, (D, F), D)
         self.down = _normal(rngs, (F, D), F, (2 * config.layers) ** -0.5)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, D]."""
         up = self._project(x, "up")
@@ -167,6 +169,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
         self.epsilon = config.norm_epsilon
 
+    @jax.named_scope("projections")
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of the normalised input."""
         return self.attention.project(self._normalised(x_BTD))

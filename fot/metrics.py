@@ -7,7 +7,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, final
 
 import tqdm
 
@@ -112,6 +112,20 @@ class MetricsWriter:
             yield
         except OSError as error:
             raise UserError(f"can't write the metrics to {self._path.parent} ({error.strerror}): {REMEDY}") from None
+
+
+@final
+class NoMetrics:
+    """Takes what another process of the run writes."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fot import attention, crossbatch, sharding
+from fot import attention, crossbatch, joint, sharding
 from fot.attention import Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
+from fot.kernels.passes import Keys
 from fot.layers import HIDDEN, QKV, Params, block_of, init, rms_norm
 from fot.memory import Memory
 from fot.readers import table as readers
@@ -245,10 +246,14 @@ def memory_layer(
         q = attention.sharpen(q, source.memory.length, config.logn_keys)
     place = _POSITIONS[config.memory_positions]
     q, x_BTD, queries = place(q[keep], config), x_BTD[keep], Tokens(tokens.documents[keep], tokens.positions[keep])
-    local = attention.attend_local(q, place(k[keep], config), v[keep], queries, config.attention_block)
+    near = Keys(place(k[keep], config), v[keep])
+    seen = None if table is None else Table(table.contexts_BC[keep], table.negative_BC[keep])
+    if joint.runs(config, seen, source.memory):
+        both = joint.attend(q, near, Keys(k, v), queries, tokens, seen)
+        return block.finish(x_BTD, both.out), k, v, Reads(q, both.share)
+    local = attention.attend_local(q, *near, queries, config.attention_block)
     remote = []
-    if table is not None and table.contexts_BC.shape[1] > 0:
-        seen = Table(table.contexts_BC[keep], table.negative_BC[keep])
+    if seen is not None and seen.contexts_BC.shape[1] > 0:
         remote.append(crossbatch.attend_contexts(q, k, v, queries, tokens, seen, config.attention_block))
     if source.memory is not None:
         remote.append(readers.read(q, queries.documents, source.memory.slots(index), source.reader))

@@ -161,5 +161,6 @@ def loss_sums(params: Params, batch: Batch, config: ModelConfig, plan: Plan) -> 
         tokens = crossbatch.rows_as_documents(*batch.tokens.shape)
     output = model.apply(params, batch.tokens, tokens, config, table=plan.table, keep=plan.keep)
     targets = _Targets(batch.targets[plan.keep], batch.weights[plan.keep])
-    sums = _streamed_sums(model.head(params, config), output.hidden, targets, config.loss_block)
+    with jax.named_scope("loss"):
+        sums = _streamed_sums(model.head(params, config), output.hidden, targets, config.loss_block)
     return sums.nll, sums

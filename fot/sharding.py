@@ -8,10 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
-from fot.errors import ConfigError
+from fot.config import mesh as config_mesh
+from fot.config.mesh import AXES, MESH_AXES, ROWS
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
 SLOTS = "sequence"  # the mesh axis over which the slots of a memory are split, for the readers that say so
 
 # The logical axes of every parameter, by the last name of its path; those of layers come after the layer axis.
@@ -43,16 +42,6 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "hidden": ("rows", "tokens", "mlp"),
 }
 
-# The mesh axes that split a logical axis; a logical axis that is not named here is not split.
-MESH_AXES = {
-    "rows": ROWS,
-    "dim": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-}
-
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
     """Arranges devices in the axes `AXES`; an axis of -1 takes what the others leave.
@@ -60,27 +49,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
     Raises:
       ConfigError: the sizes don't multiply to the number of devices.
     """
-    sizes = [getattr(config, axis) for axis in AXES]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"{named} does not fit {len(devices)} devices: set one axis to -1 or change the sizes")
-    shape = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return Mesh(np.array(devices).reshape(shape), AXES)
+    sizes = config_mesh.sizes(config, len(devices))
+    return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
 
 
 def check_mesh(mesh: Mesh, config: ExperimentConfig) -> None:
     """Raises ConfigError naming the field if an axis of the mesh does not divide what it splits."""
-    model, rows = config.model, config.data.batch_size // config.train.accumulation
-    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    splits = [(f"{rows} rows (data.batch_size / train.accumulation)", rows, "data × fsdp", row_shards)]
-    for name, axis in (("dim", "dim"), ("vocab_size", "vocab"), ("heads", "heads"), ("mlp_dim", "mlp")):
-        size = getattr(model, name)
-        splits.append((f"model.{name}={size}", size, MESH_AXES[axis], mesh.shape[MESH_AXES[axis]]))
-    splits.append((f"model.kv_heads={model.kv_heads}", model.kv_heads, "tensor", mesh.shape["tensor"]))
-    for what, size, axes, shards in splits:
-        if size % shards:
-            raise ConfigError(f"{what} can't be split over mesh axis {axes} of {shards} devices")
+    config_mesh.check(mesh.shape, config)
 
 
 def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
@@ -151,19 +126,21 @@ def activation(x: jax.Array, name: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*splits.values()))
 
 
-def over_devices(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def over_devices(
+    f: Callable, in_specs: Any, out_specs: Any, axes: tuple[str, ...] = (*ROWS, MESH_AXES["heads"])
+) -> Callable:
     """Lets each device of `jax.set_mesh` run `f` on the rows and heads that it has; without a mesh there is one device.
 
     Args:
       f: called with the device's part of each argument; may use collectives over `ROWS`.
       in_specs: how rows and heads of the arguments are split.
       out_specs: how those of the results are.
+      axes: mesh axes that `f` knows of; those that split nothing have copies. Pallas kernels must know of all.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return f
-    axes = {*ROWS, MESH_AXES["heads"]}
     # Loops start from constants, which the check of what varies over devices does not allow.
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,7 @@
-"""SIGTERM, the warning that a machine is about to be taken away: save what is unsaved, then exit with code 42."""
+"""SIGTERM, the warning that a machine is about to be taken away: save what is unsaved, then exit with code 42.
+
+Of several processes that train together, one that gets it tells the others, and all end.
+"""
 
 import contextlib
 import os
@@ -10,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
-from fot import cli
+from fot import cli, distributed
 
 
 @final
@@ -24,8 +27,9 @@ class Termination:
     """
 
     def __init__(self):
-        self._lock = threading.Lock()
+        self._turn = threading.Condition()
         self._requested = threading.Event()
+        self._enough: Callable[[], bool] = _always
         self._save: Callable[[], str] = _nothing
 
     def __enter__(self) -> "Termination":
@@ -37,9 +41,12 @@ class Termination:
         signal.siginterrupt(signal.SIGTERM, False)  # a write under way goes on
         self._wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="fot-termination", daemon=True).start()
+        self._others = contextlib.ExitStack()
+        self._others.enter_context(distributed.told(lambda: self._send(bytes([signal.SIGTERM]))))
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._others.close()
         with self.deferred():
             signal.set_wakeup_fd(self._wakeup)
             signal.signal(signal.SIGTERM, self._handler)
@@ -48,10 +55,13 @@ class Termination:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Puts SIGTERM off during the block: for what changes the state that a rescue saves."""
-        if self._requested.is_set():
-            threading.Event().wait()  # the process is about to end
-        with self._lock:
-            yield
+        with self._turn:
+            while self._requested.is_set() and self._enough():
+                self._turn.wait()  # the process is about to end
+            try:
+                yield
+            finally:
+                self._turn.notify_all()
 
     @contextlib.contextmanager
     def rescue(self, save: Callable[[], str]) -> Iterator[None]:
@@ -69,6 +79,18 @@ class Termination:
             with self.deferred():
                 self._save = _nothing
 
+    def go_on(self, enough: Callable[[], bool], seconds: float) -> bool:
+        """Has the main thread go on until `enough()`, and returns whether that came in time.
+
+        For the `save` of a rescue, if another process is further than this one. `enough` changes in `deferred` alone.
+        """
+        self._enough = enough
+        self._turn.notify_all()
+        try:
+            return self._turn.wait_for(enough, seconds)
+        finally:
+            self._enough = _always
+
     def _send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # full, so there is news enough
             self._sent.send(data)
@@ -79,7 +101,8 @@ class Termination:
                 if not numbers:
                     return
         self._requested.set()
-        with self._lock:
+        distributed.tell_all()
+        with self._turn:
             code = 1
             try:
                 code = cli.exit_code(self._report) or cli.RETRY
@@ -93,6 +116,10 @@ class Termination:
         with contextlib.suppress(OSError):  # whoever read it may have been terminated too
             print(f"terminated: {line}", file=sys.stderr)
             sys.stdout.flush()
+
+
+def _always() -> bool:
+    return True
 
 
 def _nothing() -> str:

@@ -6,29 +6,37 @@
 The workdir receives checkpoints, metrics.jsonl and tensorboard/. A run that was interrupted, killed even, goes on from
 its newest checkpoint, data position included, as if it had never stopped.
 
-Exit codes: 0 trained; 2 an error, told in one line; 42 ended by SIGTERM, all steps saved: run the same command again;
-130 ended by Ctrl-C, which saves nothing.
+Several processes train together where Slurm, GKE or a TPU pod has started them, or launch --backend=local, or one that
+sets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each. The first one logs.
+
+Exit codes: 0 trained; 2 an error, told in one line; 42 ended by SIGTERM, all steps saved, or because another process is
+gone: run the same command again; 130 ended by Ctrl-C, which saves nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fot import checkpoint, cli, files, model, optimizer, sharding, train_step, trained
+from fot import checkpoint, cli, distributed, files, model, optimizer, sharding, train_step, trained
 from fot.batch import Batch
+from fot.clock import Clock
 from fot.config import ExperimentConfig, TrainConfig
-from fot.data import corpus, mixture, rows
-from fot.data.loader import Loader, global_batch
-from fot.errors import CheckpointError, TrainingError
-from fot.metrics import MetricsWriter, Progress
+from fot.data import corpus, loader, rows
+from fot.data.loader import Loader
+from fot.errors import CheckpointError, LostError, TrainingError, UserError
+from fot.metrics import MetricsWriter, NoMetrics, Progress
+from fot.profiling import HANG_FILE, Span, Trace, Watch, span
 from fot.termination import Termination
 from fot.train_step import StepMetrics, TrainState
 
@@ -82,14 +90,18 @@ def train(
     workdir: pathlib.Path,
     log: Callable[[str], None],
     termination: Termination | None = None,
+    traced: Span | None = None,
 ) -> TrainState:
     """Trains to `config.train.steps`, from the newest checkpoint in the workdir if there is one.
+
+    Of several processes each calls this once; the first alone writes what is not a checkpoint.
 
     Args:
       config: the run.
       workdir: receives checkpoints/, metrics.jsonl, tensorboard/, and tokenizer/ if the run trains its own.
       log: receives lines for the user.
       termination: has SIGTERM save the steps that are not saved yet; None leaves signals as they are.
+      traced: steps of which profile/ receives a trace.
 
     Returns:
       The last state.
@@ -100,7 +112,8 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     sharding.check_mesh(mesh, config)
-    with files.hold(workdir), checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
+    held = files.hold(workdir) if distributed.is_first() else contextlib.nullcontext()
+    with held, checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
         if checkpoints.latest() is not None:
             checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
         tokenizer, documents = corpus.load(config, "train")
@@ -114,13 +127,39 @@ def train(
             restored = checkpoints.restore(None, abstract)
             state, position = restored.state, run.restore_position(restored.data_position)
             log(f"going on from the checkpoint of step {int(state.step)} in {workdir / 'checkpoints'}")
-        trained.keep_tokenizer(workdir, tokenizer)
+        if distributed.is_first():
+            trained.keep_tokenizer(workdir, tokenizer)
         with (
-            MetricsWriter(workdir, int(state.step)) as writer,
-            Progress(config.train.steps, int(state.step), sys.stderr) as progress,
-            Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as loader,
+            _reports(workdir, config, int(state.step), log, traced) as reports,
+            Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as batches,
         ):
-            return _loop(run, state, loader, checkpoints, writer, progress, termination or Termination(), log)
+            return _loop(run, state, batches, checkpoints, reports, termination or Termination())
+
+
+class _Reports(NamedTuple):
+    """Where a run tells of itself; metrics and progress of all processes but the first go nowhere."""
+
+    writer: MetricsWriter | NoMetrics
+    progress: Progress
+    log: Callable[[str], None]
+    trace: Trace
+    watch: Watch
+
+
+@contextlib.contextmanager
+def _reports(
+    workdir: pathlib.Path, config: ExperimentConfig, step: int, log: Callable[[str], None], traced: Span | None
+) -> Iterator[_Reports]:
+    steps, number = config.train.steps, jax.process_index()
+    with contextlib.ExitStack() as stack:
+        if distributed.is_first():
+            writer, stream = stack.enter_context(MetricsWriter(workdir, step)), sys.stderr
+        else:
+            writer, stream = NoMetrics(), stack.enter_context(open(os.devnull, "w"))
+        progress = stack.enter_context(Progress(steps, step, stream))
+        trace = stack.enter_context(Trace(traced, workdir))
+        watch = stack.enter_context(Watch(workdir / HANG_FILE.format(number), log))
+        yield _Reports(writer, progress, log, trace, watch)
 
 
 def _first_state(config: ExperimentConfig, abstract: TrainState, log: Callable[[str], None]) -> TrainState:
@@ -141,26 +180,22 @@ def _held_out_batches(config: ExperimentConfig, mesh: Mesh) -> list[Batch]:
     """Returns the batches of held-out documents whose loss is followed during training."""
     if config.train.evaluate_every == 0:
         return []
-    documents = mixture.mix(corpus.load(config, "held_out").corpus, config.data)
-    packs, position, batches = range(rows.pack_count(config)), rows.start(config), []
-    for _ in range(config.train.evaluate_batches):
-        batch, position = rows.next_batch(documents, position, config, packs)
-        batches.append(global_batch(batch, sharding.batch_sharding(mesh)))
-    return batches
+    documents = corpus.load(config, "held_out").corpus
+    batches = loader.batches(documents, config, rows.start(config), sharding.batch_sharding(mesh))
+    return [batch for batch, _ in itertools.islice(batches, config.train.evaluate_batches)]
 
 
 def _loop(
     run: Run,
     state: TrainState,
-    loader: Loader,
+    batches: Loader,
     checkpoints: checkpoint.Checkpointer,
-    writer: MetricsWriter,
-    progress: Progress,
+    reports: _Reports,
     termination: Termination,
-    log: Callable[[str], None],
 ) -> TrainState:
     """Trains to the end. SIGTERM may find the main thread anywhere but in `deferred`, and saves the variables here."""
     config, train, first = run.config, run.config.train, int(state.step)
+    writer, progress, log, trace, watch = reports
     step, position = first, None
     steps: dict[int, Callable] = {}
 
@@ -169,10 +204,20 @@ def _loop(
         checkpoints.save(step, state, run.data_position(position), config)
 
     def rescue() -> str:
-        if step > first:
-            save()
-            checkpoints.wait()
-        writer.close()
+        try:
+            # Of several processes, a step that one has begun needs all of them.
+            last = distributed.agree("last step", step)
+            if not termination.go_on(lambda: step >= last, distributed.AGREE):
+                raise LostError(f"another process is at step {last} and this one, for too long, at {step}")
+            if step > first:
+                save()
+                checkpoints.wait()
+            writer.close()
+            distributed.part(step)
+        except UserError as error:
+            if (lost := distributed.lost(error)) is None:
+                raise
+            return f"{lost}; the same command goes on from the newest checkpoint"
         return f"step {step} is saved; the same command goes on from it" if step else "no step was done yet"
 
     def evaluate() -> None:
@@ -181,22 +226,24 @@ def _loop(
             writer.write(step, losses)
 
     with termination.rescue(rescue):
-        # A run that was ended between a save and the losses that belong to its step owes them.
-        if run.evaluates(first) and "held_out/loss" not in writer.resumed:
+        # A run that was ended between a save and the losses that belong to its step owes them; the first process knows.
+        owed = distributed.is_first() and run.evaluates(first) and "held_out/loss" not in writer.resumed
+        if distributed.agree("losses owed", int(owed), distributed.JOIN):
             evaluate()
-        clock = _Clock()
+        clock = Clock(config, watch)
         while step < train.steps:
-            batch, after, data_wait = next(loader)
+            batch, after, data_wait = next(batches)
             # Only this schedule depends on what the last step gave, and so has to wait for it.
             phase = int(state.phase) if config.crossbatch.d_schedule == "accuracy" else 0
             d = train_step.d_at(config.crossbatch, step, phase, train.seed)
             if d not in steps:
                 jax.block_until_ready(state)
-                steps[d] = _compile(run, d, step, log)
-                clock = _Clock()
+                with clock.stopped():
+                    steps[d] = _compile(run, d, step, log)
             with termination.deferred():
                 checkpoints.check()
-                state, metrics = steps[d](state, batch)
+                with trace.step(step, state):
+                    state, metrics = steps[d](state, batch)
                 step, position = step + 1, after
                 clock.count(data_wait)
                 last = step == train.steps
@@ -204,47 +251,28 @@ def _loop(
                     _stop_if_lost(metrics, batch, step, checkpoints, train)
                 if step % train.log_every == 0 or last:
                     jax.block_until_ready(metrics)
-                    line = _line(metrics, config, step, d) | clock.rates(config, d) | _tokens_read(position, config)
-                    progress.update(step, line["loss"], line["tokens_per_second"])
-                    writer.write(step, line)
-                    clock = _Clock()
+                    line, speed = _line(metrics, config, step, d), clock.read(d)
+                    progress.update(step, line["loss"], speed.tokens_per_second)
+                    writer.write(step, line | speed._asdict() | _tokens_read(position, config))
                 if step % train.checkpoint_every == 0 or last:
-                    save()
-                    clock = _Clock()
+                    with clock.saving():
+                        save()
             if run.evaluates(step):
-                evaluate()
-                clock = _Clock()
+                with clock.stopped():
+                    evaluate()
         with termination.deferred():
             checkpoints.wait()
     return state
 
 
 def _compile(run: Run, d: int, step: int, log: Callable[[str], None]) -> Callable:
-    """Compiles the train step of one d and says how long it took."""
+    """Compiles the train step of one d and says how long it took; returns when all processes have done so."""
     began = time.perf_counter()
     compiled = train_step.compile_step(run.config, run.mesh, d)
+    # Gloo waits 30 s at a program's first communication, which compilations of different speed can take.
+    distributed.agree(f"step {step} compiled", step, distributed.COMPILED)
     log(f"step {step}: compiled the train step for d = {d} in {time.perf_counter() - began:.1f} s")
     return compiled
-
-
-class _Clock:
-    """Speed since it was made, over whole steps."""
-
-    def __init__(self):
-        self._began, self._steps, self._data_wait = time.perf_counter(), 0, 0.0
-
-    def count(self, data_wait: float) -> None:
-        self._steps += 1
-        self._data_wait += data_wait
-
-    def rates(self, config: ExperimentConfig, d: int) -> dict[str, float]:
-        """Returns tokens, model FLOP and seconds of waiting for data, per second or step; see `fot.flops`."""
-        seconds = (time.perf_counter() - self._began) / self._steps
-        return {
-            "tokens_per_second": config.data.batch_size * config.data.context / seconds,
-            "model_flops_per_second": train_step.step_flops(config, d) / seconds,
-            "data_wait": self._data_wait / self._steps,
-        }
 
 
 def _line(metrics: StepMetrics, config: ExperimentConfig, step: int, d: int) -> dict[str, Any]:
@@ -285,17 +313,26 @@ class Flags:
 
     Attributes:
       workdir: folder of the run: checkpoints, metrics.jsonl, tensorboard/; the same again resumes.
+      profile: start:stop writes a trace of those steps to profile/ in the workdir, for XProf or TensorBoard.
     """
 
     workdir: str
+    profile: str = ""
 
 
 def main(config: ExperimentConfig, command: Flags) -> None:
     """Runs the command line."""
-    workdir = pathlib.Path(command.workdir)
-    with Termination() as termination:
-        state = train(config, workdir, lambda line: print(line, flush=True), termination)
-    print(f"trained {int(state.step)} steps ({int(state.skipped)} skipped); checkpoint in {workdir / 'checkpoints'}")
+    if "://" in command.workdir:
+        raise UserError(f"--workdir={command.workdir} is a bucket, but runs write to folders: mount it, name a folder")
+    workdir, traced = pathlib.Path(command.workdir), span(command.profile)
+    with distributed.joined(), Termination() as termination:
+
+        def log(line: str) -> None:
+            if distributed.is_first():
+                print(line, flush=True)
+
+        state = train(config, workdir, log, termination, traced)
+        log(f"trained {int(state.step)} steps ({int(state.skipped)} skipped); checkpoint in {workdir / 'checkpoints'}")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def train_step(state: TrainState, batch: Batch, config: ExperimentConfig, d: int
     counts = good & (state.step >= config.crossbatch.d_after)
     reached = (counts & (accuracy >= config.crossbatch.d_accuracy)).astype(jnp.int32)
 
+    @jax.named_scope("optimizer")
     def update(gradients, params, moments):
         updates, moments = transformation.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments, optax.tree.norm(updates)

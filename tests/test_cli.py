@@ -299,3 +299,20 @@ def test_as_a_process(words, code, out, err, tmp_path):
     assert done.stdout == out
     assert done.stderr.startswith(err)
     assert len(done.stderr.splitlines()) == (code != 0)
+
+
+def test_a_command_knows_its_file_and_its_overrides():
+    command = parse("--config.model.layers", "8", "--quick", "--config.model.layers=4")
+    assert (command.file, command.overrides) == (TINY, ("--config.model.layers=4",))
+
+
+def test_a_command_without_a_config_has_its_own_flags_alone(capsys):
+    assert cli.parse_flags(["--workdir", "x", "--quick"], Flags, USAGE) == Flags(workdir="x", quick=True)
+    with pytest.raises(UserError, match="flag --workdir is required"):
+        cli.parse_flags([], Flags, USAGE)
+    with pytest.raises(UserError, match="unknown flag --confg"):
+        cli.parse_flags(["--confg=a"], Flags, USAGE)
+    with pytest.raises(SystemExit):
+        cli.parse_flags(["--help"], Flags, USAGE)
+    shown = capsys.readouterr().out
+    assert "--count=3" in shown and "--config" not in shown.replace("--config=FILE", "")

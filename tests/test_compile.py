@@ -11,9 +11,9 @@ from fot import cli, sharding, train_step
 from fot.compile import __main__ as command
 from fot.compile import generations, report, search, table
 from fot.compile.__main__ import Flags
-from fot.compile.generations import GENERATIONS, GIB
 from fot.compile.report import Report
-from fot.config import CrossbatchConfig, DataConfig, ExperimentConfig, MeshConfig, ModelConfig
+from fot.config import CrossbatchConfig, DataConfig, ExperimentConfig, MeshConfig, ModelConfig, accelerators
+from fot.config.accelerators import GENERATIONS, GIB
 from fot.errors import ConfigError, UserError
 
 FULL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the temporaries (94.19G) exceed available HBM (30.75G)."
@@ -74,12 +74,12 @@ def too_large(monkeypatch, cpus_for_tpus, fitting):
 )
 def test_topologies_that_do_not_exist_are_named_with_the_nearest(topology, message):
     with pytest.raises(UserError, match=message):
-        generations.check(topology)
+        accelerators.check(topology)
 
 
 def test_the_topologies_of_all_exist():
-    for topology in generations.TOPOLOGIES:
-        assert generations.check(topology) in GENERATIONS.values()
+    for topology in accelerators.TOPOLOGIES:
+        assert accelerators.check(topology) in GENERATIONS.values()
 
 
 def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
@@ -216,7 +216,7 @@ class TestCommand:
         assert self.run(SMALL, topology="all", tries=0) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines if line.startswith("v")][-1] == "v3:8x8:"
-        assert sum(line.split()[4:5] == ["yes"] for line in lines) == len(generations.TOPOLOGIES) - 1
+        assert sum(line.split()[4:5] == ["yes"] for line in lines) == len(accelerators.TOPOLOGIES) - 1
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -113,6 +113,19 @@ def test_cycles_are_those_of_what_runs_times_the_trips():
     assert costs.cycles(hlo.parse(TEXT)) == costs.Cycles(15 * 100 + 11, 0)
 
 
+def test_kernels_count_by_their_own_estimate_times_the_trips():
+    estimate = '{"flops":"4000","transcendentals":"9","bytes_accessed":"60","remote_bytes_transferred":"0"}'
+    kernel = (
+        '  %k = bf16[4]{0} custom-call(%v), custom_call_target="tpu_custom_call", backend_config='
+        f'{{"custom_call_config":{{"body":"TU","cost_estimate":{estimate}}}}}\n'
+    )
+    text = TEXT.replace("  %half =", kernel + "  %half =")
+    assert text != TEXT
+    assert costs.kernels(hlo.parse(text)) == costs.Kernels(15 * 4000, 15 * 60)
+    assert costs.kernels(hlo.parse(TEXT)) == costs.Kernels(0, 0)
+    assert costs.cycles(hlo.parse(text)) == costs.cycles(hlo.parse(TEXT))
+
+
 def test_what_costs_most_and_what_is_largest_come_with_their_source():
     text = TEXT.replace(
         "calls=%slice,", 'calls=%slice, metadata={op_name="jit(step)/jvp()/while/mul" stack_frame_id=1},'

@@ -17,12 +17,12 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from fot import checkpoint, cli, files, metrics, train, train_step
+from fot.clock import Speed
 from fot.errors import UserError
 from fot.evaluate import perplexity
 
 ROOT = pathlib.Path(__file__).parent.parent
 SAVE_EVERY = 3
-CLOCKED = {"tokens_per_second", "model_flops_per_second", "data_wait"}
 
 CONFIG = """
 from configs import base
@@ -81,7 +81,7 @@ class Place(NamedTuple):
     def metrics(self, workdir: str) -> list[dict[str, Any]]:
         """Returns what metrics.jsonl says of each step, but for what a clock says."""
         lines = metrics.read_metrics(self.folder / workdir / metrics.FILE)
-        return [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
+        return [{name: value for name, value in line.items() if name not in Speed._fields} for line in lines]
 
     def step(self, workdir: str) -> int:
         """Returns the last step in metrics.jsonl, 0 if there is none yet."""
@@ -260,5 +260,5 @@ def test_a_run_interrupted_at_every_step_cannot_be_told_from_a_whole_one(place, 
     stopped = train.train(config, tmp_path / "stopped", lambda line: None)
     jax.tree.map(np.testing.assert_array_equal, stopped, whole)
     lines = [metrics.read_metrics(tmp_path / name / metrics.FILE) for name in ("stopped", "whole")]
-    left, right = ([{k: v for k, v in line.items() if k not in CLOCKED} for line in each] for each in lines)
+    left, right = ([{k: v for k, v in line.items() if k not in Speed._fields} for line in each] for each in lines)
     assert left == right and len(left) == 4 and "held_out/loss" in left[-1]

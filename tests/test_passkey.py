@@ -286,6 +286,7 @@ def test_a_text_or_a_question_without_room_is_refused():
         DataConfig(task=("passkey", "python_stdlib"))
 
 
+@pytest.mark.slow  # tests/test_dictionary.py has the same of its endless documents
 def test_a_run_that_stops_and_goes_on_reads_what_the_whole_run_reads(tmp_path):
     """Through the phases of the documents and of d."""
     config = dataclasses.replace(

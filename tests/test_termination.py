@@ -36,6 +36,16 @@ def save():
     return "saved"
 
 
+def further():
+    assert termination.go_on(lambda: done[1] >= 5, 60)
+    saved.write_text(str(done))
+    return "saved"
+
+
+def stuck():
+    return str(termination.go_on(lambda: False, 0.2))
+
+
 def fail():
     raise UserError("no space")
 
@@ -54,6 +64,13 @@ BODIES = {
         "            with termination.deferred():\n"
         "                done[0] += 1; ready(); time.sleep(0.05); done[1] += 1"
     ),
+    "behind": (
+        "with termination.rescue(further):\n"
+        "        while True:\n"
+        "            with termination.deferred():\n"
+        "                done[0] += 1; done[1] += 1; done[1] < 2 and ready(); done[1] == 2 and time.sleep(1)"
+    ),
+    "too far behind": "with termination.rescue(stuck):\n        ready(); busy()",
     "failing": "with termination.rescue(fail):\n        ready(); busy()",
     "broken": "with termination.rescue(lambda: 1 / 0):\n        ready(); busy()",
 }
@@ -88,6 +105,14 @@ def test_it_waits_for_a_change_to_be_whole(tmp_path):
     code, saved, _ = terminated(tmp_path, "deferred")
     first, second = eval(saved)
     assert code == cli.RETRY and first == second > 0
+
+
+def test_it_goes_on_to_where_another_process_is_and_no_further(tmp_path):
+    assert terminated(tmp_path, "behind") == (cli.RETRY, "[5, 5]", "terminated: saved\n")
+
+
+def test_it_does_not_wait_for_ever_to_be_there(tmp_path):
+    assert terminated(tmp_path, "too far behind") == (cli.RETRY, "", "terminated: False\n")
 
 
 def test_a_save_that_fails_is_an_error(tmp_path):

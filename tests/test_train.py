@@ -9,8 +9,9 @@ import pytest
 from fot import sharding, train, train_step, trained
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig
-from fot.errors import CheckpointError, ConfigError, TrainingError
+from fot.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fot.metrics import read_metrics
+from fot.profiling import Span
 
 SMALL = dict(layers=2, memory_layers=(1,))  # compiling is what these tests spend their time on
 
@@ -148,7 +149,9 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(config, tmp_p
     whole = replace(half, train=dict(steps=4))
     train.train(half, tmp_path / "resumed", lines.append)
     resumed = train.train(whole, tmp_path / "resumed", lines.append)
-    straight = train.train(replace(whole, train=dict(evaluate_every=4)), tmp_path / "straight", lambda line: None)
+    with_losses = replace(whole, train=dict(evaluate_every=4))
+    straight = train.train(with_losses, tmp_path / "straight", lambda line: None, traced=Span(1, 3))
+    assert list((tmp_path / "straight" / "profile").rglob("*.xplane.pb"))
     assert any("going on from the checkpoint of step 2" in line for line in lines)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
@@ -162,6 +165,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(config, tmp_p
     line = read_metrics(tmp_path / "straight" / "metrics.jsonl")[-1]
     assert {"learning_rate", "d", "tokens_per_second", "model_flops_per_second", "held_out/loss"} <= line.keys()
     assert {"data_wait", "tokens/files"} <= line.keys()
+    assert line["step_time"] == pytest.approx(line["data_wait"] + line["compute_time"]) and line["save_wait"] >= 0
     read = [line["tokens/files"] for line in read_metrics(tmp_path / "resumed" / "metrics.jsonl")]
     assert read == [step * whole.data.batch_size * whole.data.context for step in (1, 2, 3, 4)]
 
@@ -236,3 +240,10 @@ def test_a_run_can_begin_with_the_parameters_of_another(config, tmp_path):
         train.train(replace(begun, model=dict(layers=3)), tmp_path / "third", print)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train.train(replace(begun, train=dict(init_from=str(tmp_path / "none"))), tmp_path / "fourth", print)
+
+
+def test_a_bucket_is_refused_and_not_taken_for_a_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://bucket/run is a bucket") as error:
+        train.main(config, train.Flags(workdir="gs://bucket/run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "gs:").exists()

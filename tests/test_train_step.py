@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -122,3 +123,13 @@ def test_held_out_sums_are_those_of_microbatches_as_in_training(d):
     ]
     for got, *wanted in zip(whole, *parts, strict=True):
         np.testing.assert_allclose(got, sum(wanted), rtol=1e-6)
+
+
+def test_parts_of_the_step_have_names():
+    config = run_of(0, (1, 1, 1, 1))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    text = train_step.compile_step(config, mesh, 3).as_text()
+    for name in ("projections", "local_attention", "contexts", "mlp", "loss", "optimizer"):
+        assert re.search(rf'op_name="[^"]*\b{name}\b', text), name
+    for name in ("projections", "local_attention", "contexts", "mlp", "loss"):
+        assert re.search(rf'op_name="[^"]*transpose\([^"]*\b{name}\b', text), name

@@ -23,7 +23,7 @@ from fot import cli, files
 from fot.compile import generations, report, search, table
 from fot.compile.report import Report
 from fot.compile.search import Tried
-from fot.config import ExperimentConfig
+from fot.config import ExperimentConfig, accelerators
 from fot.errors import ConfigError, UserError
 
 
@@ -76,9 +76,9 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     if not -1 <= flags.effort <= 1:
         raise UserError(f"--effort={flags.effort} must be from -1 to 1")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
-    names = generations.TOPOLOGIES if flags.topology == "all" else (flags.topology,)
+    names = accelerators.TOPOLOGIES if flags.topology == "all" else (flags.topology,)
     for name in names:
-        generations.check(name)
+        accelerators.check(name)
     rows = [_row(config, name, d, flags) for name in names]
     if len(rows) > 1:
         print(table.summary([(row.topology, row.report or row.reason) for row in rows]))

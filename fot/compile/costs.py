@@ -61,6 +61,18 @@ class Cycles(NamedTuple):
     unknown_loops: int
 
 
+class Kernels(NamedTuple):
+    """What Pallas kernels say that they do in one execution on one device, of which the compiler estimates no cycles.
+
+    Attributes:
+      flops: of their products.
+      bytes: that they read and write in HBM.
+    """
+
+    flops: int
+    bytes: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Array:
     """An array that the program makes: type and shape, the JAX operation that it comes from, bytes on one device."""
@@ -83,6 +95,20 @@ def cycles(program: Program) -> Cycles:
     runs = hlo.runs(program)
     total = sum(run.times * _estimate(instruction) for run in runs for instruction in run.computation.values())
     return Cycles(total, sum(run.unknown for run in runs))
+
+
+def kernels(program: Program) -> Kernels:
+    """Returns the sums of the kernels' own cost estimates, over all runs."""
+    flops = size = 0
+    for run in hlo.runs(program):
+        for instruction in run.computation.values():
+            found = re.search(
+                r'"cost_estimate":\{"flops":"?(\d+)"?,"transcendentals":"?\d+"?,"bytes_accessed":"?(\d+)',
+                instruction.attributes,
+            )
+            if found:
+                flops, size = flops + run.times * int(found[1]), size + run.times * int(found[2])
+    return Kernels(flops, size)
 
 
 def costliest(program: Program, count: int) -> tuple[Cost, ...]:

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from fot import sharding, train_step
 from fot.compile import costs, generations, hlo
-from fot.compile.generations import GIB, Generation
 from fot.compile.groups import mesh_axes
-from fot.config import ExperimentConfig
+from fot.config import ExperimentConfig, accelerators
+from fot.config.accelerators import GIB, Generation
 
 _SHOWN = 5  # arrays and operations in a report
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -83,12 +83,15 @@ class Estimate:
     """A compile-time estimate: the compiler's cost model, not a measurement; without collectives and stalls.
 
     Attributes:
-      cycles: estimated cycles × trip counts.
+      cycles: estimated cycles × trip counts, those of kernels among them.
+      kernels: cycles of Pallas kernels, for which the compiler has no estimate: what they say that they do, at the
+        hardware's peak. Less than they will take: the compiler's schedules of attention come to about twice that.
       seconds: of these cycles at the generation's clock.
       unknown_loops: loops counted once, as their trip count isn't known.
     """
 
     cycles: int
+    kernels: int
     seconds: float
     unknown_loops: int
 
@@ -161,7 +164,7 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
     Raises:
       UserError: an unknown topology, libtpu isn't installed, or the mesh doesn't fit devices or model.
     """
-    generation = generations.check(topology)
+    generation = accelerators.check(topology)
     mesh = sharding.make_mesh(config.mesh, generations.devices(topology))
     sharding.check_mesh(mesh, config)
     lowered, began = train_step.lower_step(config, mesh, d), time.perf_counter()
@@ -220,7 +223,9 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, mode
         hbm=(memory.arguments + memory.outputs + 2 * memory.temporaries) / generation.bandwidth,
         interconnect=sum(each.bytes for each in moved) / generation.interconnect,
     )
-    estimate = Estimate(cycles.total, cycles.total / generation.clock, cycles.unknown_loops)
+    kernels = generation.cycles(*costs.kernels(program))
+    total = cycles.total + kernels
+    estimate = Estimate(total, kernels, total / generation.clock, cycles.unknown_loops)
     return Program(memory, moved, bound, estimate, costs.largest(program, _SHOWN), costs.costliest(program, _SHOWN))
 
 

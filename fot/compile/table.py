@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from fot.compile.generations import GIB
 from fot.compile.report import Program, Report
+from fot.config.accelerators import GIB
 from fot.evaluate.text import aligned
 
 
@@ -55,6 +55,8 @@ def _program(program: Program) -> list[str]:
         f"compile-time estimate, not a measurement: {estimate.cycles:.3e} cycles, {1e3 * estimate.seconds:.1f} ms "
         "without collectives"
     )
+    if estimate.kernels:
+        lines.append(f"  {estimate.kernels / estimate.cycles:4.0%}  Pallas kernels, at the hardware's peak")
     for cost in program.costliest:
         lines.append(f"  {cost.cycles / estimate.cycles:4.0%}  {cost.source}")
     if estimate.unknown_loops:

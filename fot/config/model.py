@@ -8,6 +8,7 @@ MLPS = ("swiglu", "gelu")
 MEMORY_POSITIONS = ("none", "zero")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 REMATS = ("none", "elementwise", "mlp", "full")
+ATTENTION_KERNELS = ("auto", "jnp", "pallas")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -72,6 +73,9 @@ class ModelConfig:
         and attention's output projection), "mlp" (that, and the feed-forward layer), "full" (whole layers); each takes
         less memory and more time than the one before.
       attention_block: queries per block of attention logits, in tokens; bounds memory, changes no result.
+      attention_kernel: how memory layers attend to crossbatch contexts in training: "jnp", "pallas" (kernels for TPUs;
+        elsewhere they are interpreted, which is slow) or "auto" (the kernels, on TPUs). Changes no result. Where no
+        kernel can be used, on v2 and v3 and with `memory_gate`, it is "jnp".
       loss_block: positions of each row whose output logits exist at once in training; bounds memory, changes no result.
       unroll: layers unrolled in each iteration of the scan over layers; more compiles longer and may run faster.
     """
@@ -98,6 +102,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     attention_block: int = 128
+    attention_kernel: str = "auto"
     loss_block: int = 128
     unroll: int = 1
 
@@ -108,6 +113,12 @@ class ModelConfig:
         one_of(self, "memory_positions", MEMORY_POSITIONS)
         one_of(self, "compute_dtype", DTYPES)
         one_of(self, "remat", REMATS)
+        one_of(self, "attention_kernel", ATTENTION_KERNELS)
+        require(
+            self.attention_kernel != "pallas" or not self.memory_gate,
+            "attention_kernel=pallas has one softmax over local context and contexts, which memory_gate=True keeps "
+            "apart: set attention_kernel=auto or jnp",
+        )
         require(self.logn_keys == 0 or self.logn_keys >= 2, f"logn_keys={self.logn_keys} must be 0 (off) or at least 2")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         require(

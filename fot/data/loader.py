@@ -43,6 +43,22 @@ def global_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
     return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
 
 
+def batches(
+    corpus: Corpus, config: ExperimentConfig, position: rows.Position, sharding: jax.sharding.Sharding | None
+) -> Iterator[tuple[Batch, rows.Position]]:
+    """Yields the batches from `position` on, each with the position after it; arguments are those of `Loader`."""
+    packing = config.crossbatch.packing
+    wanted = list(range(config.data.batch_size)) if sharding is None else host_rows(config, sharding)
+    packs = sorted({row // packing for row in wanted})
+    # A pack may lie on two hosts: each reads all of it and keeps its own rows.
+    kept = np.array([packs.index(row // packing) * packing + row % packing for row in wanted])
+    stream = mixture.mix(corpus, config.data)
+    while True:
+        batch, position = rows.next_batch(stream, position, config, packs)
+        batch = Batch(*(field[kept] for field in batch))
+        yield (batch if sharding is None else global_batch(batch, sharding)), position
+
+
 @final
 class Loader:
     """Iterates over the training batches from a position on, always some batches ahead; never ends by itself.
@@ -72,7 +88,7 @@ class Loader:
         self._ready: queue.Queue[tuple[Batch, rows.Position] | BaseException] = queue.Queue(prefetch)
         self._closed = threading.Event()
         self._error: BaseException | None = None
-        arguments = (_produce(corpus, config, position, sharding), self._ready, self._closed)
+        arguments = (batches(corpus, config, position, sharding), self._ready, self._closed)
         self._thread = threading.Thread(target=_fill, args=arguments, name="fot-loader", daemon=True)
         self._thread.start()
 
@@ -101,22 +117,6 @@ class Loader:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-def _produce(
-    corpus: Corpus, config: ExperimentConfig, position: rows.Position, sharding: jax.sharding.Sharding | None
-) -> Iterator[tuple[Batch, rows.Position]]:
-    """Yields the batches from `position` on, each with the position after it."""
-    packing = config.crossbatch.packing
-    wanted = list(range(config.data.batch_size)) if sharding is None else host_rows(config, sharding)
-    packs = sorted({row // packing for row in wanted})
-    # A pack may lie on two hosts: each reads all of it and keeps its own rows.
-    kept = np.array([packs.index(row // packing) * packing + row % packing for row in wanted])
-    stream = mixture.mix(corpus, config.data)
-    while True:
-        batch, position = rows.next_batch(stream, position, config, packs)
-        batch = Batch(*(field[kept] for field in batch))
-        yield (batch if sharding is None else global_batch(batch, sharding)), position
 
 
 def _fill(items: Iterator, ready: queue.Queue, closed: threading.Event) -> None:

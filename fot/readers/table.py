@@ -41,6 +41,7 @@ def place(name: str) -> str:
     return PLACES.get(name, "device")
 
 
+@jax.named_scope("memory")
 def read(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
     """Attends to a memory with the reader of that name.
 

@@ -1,0 +1,242 @@
+"""Several processes that train as one: joined before JAX is used, and none that waits for one that is gone.
+
+Environment variables may say which process this is, as `launch --backend=local` does: JAX_COORDINATOR_ADDRESS
+(host:port, of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without them JAX asks Slurm, Open MPI, GKE or
+the TPU machine. With one process, all of this does nothing.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+
+from fot import cli
+from fot.errors import LostError, UserError
+
+JOIN = 300  # seconds that all processes have to come
+HEARTBEAT = 60  # seconds of silence after which a process is taken for lost, and ends the others
+COMPILED = 1800  # seconds between the first process and the last that have compiled a program
+LEAVE = 20  # seconds that a process which is done waits for the others to be done too
+AGREE = 15  # seconds that all have to tell where they are, when they are about to be ended
+LAST = 1.0  # seconds that the first process leaves the others for their end
+
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# How errors of JAX, gloo and gRPC read when another process is gone.
+_GONE = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|heartbeat|Connection (reset|closed)")
+_NOTICE = "fot/terminated/{}"
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes, if there are any, for the block: the first that an entry point does.
+
+    A process that fails ends here, at once, for the others would wait for it: with 42 if the reason is that another one
+    was lost, as the same command goes on from the newest checkpoint.
+
+    Raises:
+      UserError: the environment doesn't say which process this is.
+    """
+    try:
+        _join(os.environ)
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        _leave(error)
+
+
+def is_first() -> bool:
+    """Returns whether this process logs and writes for all."""
+    return _state().process_id == 0
+
+
+def several(environment: Mapping[str, str]) -> bool:
+    """Returns whether the environment is that of one process of several."""
+    if environment.keys() & {ADDRESS, COUNT, NUMBER}:
+        return environment.get(COUNT) != "1"
+    slurm = environment.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environment else "1"
+    counts = (slurm, environment.get("OMPI_COMM_WORLD_SIZE", "1"), environment.get("MEGASCALE_NUM_SLICES", "1"))
+    if any(int(count) > 1 for count in counts) or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    # JAX sets this where it finds TPU chips; how many machines share them it learns from the cloud, when it joins.
+    return environment.get("TPU_ML_PLATFORM") == "JAX" and jax.config.jax_platforms != "cpu"
+
+
+def settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the arguments of `jax.distributed.initialize` that the environment gives; {} leaves all to JAX.
+
+    Raises:
+      UserError: some are missing, or make no sense.
+    """
+    given = {name: environment[name] for name in (ADDRESS, COUNT, NUMBER) if name in environment}
+    if not given.keys() & {COUNT, NUMBER}:
+        return {}  # JAX reads an address by itself
+    missing = [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]
+    if missing:
+        raise UserError(f"{missing[0]} is not set, but {' and '.join(given)}: set all three of a process, or none")
+    if not re.fullmatch(r".+:\d+", given[ADDRESS]):
+        raise UserError(f"{ADDRESS}={given[ADDRESS]} must read host:port, of the first process")
+    if not (given[COUNT].isdecimal() and given[NUMBER].isdecimal() and int(given[NUMBER]) < int(given[COUNT])):
+        raise UserError(f"{NUMBER}={given[NUMBER]} must be a number from 0 to {COUNT}={given[COUNT]} less 1")
+    return {
+        "coordinator_address": given[ADDRESS],
+        "num_processes": int(given[COUNT]),
+        "process_id": int(given[NUMBER]),
+    }
+
+
+def agree(name: str, value: int, seconds: float = AGREE) -> int:
+    """Returns the largest of the values that the processes give, each once for a name.
+
+    Raises:
+      LostError: some have not told theirs in time; it names them.
+    """
+    if _state().num_processes == 1:
+        return value
+    client, deadline = _state().client, time.monotonic() + seconds
+    values, missing = [], []
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first is gone, as the others' values will tell
+        client.key_value_set(f"fot/{name}/{_state().process_id}", str(value))
+    for number in range(_state().num_processes):
+        left = max(int(1000 * (deadline - time.monotonic())), 1)
+        try:
+            values.append(int(client.blocking_key_value_get(f"fot/{name}/{number}", left)))
+        except jax.errors.JaxRuntimeError:
+            missing.append(str(number))
+    if missing:
+        raise LostError(f"no word within {seconds:g} s from process {', '.join(missing)} of {_state().num_processes}")
+    return max(values)
+
+
+def part(step: int) -> None:
+    """Returns when this process may end, all having saved a step: the first one ends last, or JAX ends the others."""
+    agree("saved", step)
+    if is_first() and _state().num_processes > 1:
+        time.sleep(LAST)
+
+
+def lost(error: BaseException) -> LostError | None:
+    """Returns the error if its reason is that another process is gone, None if it has one of its own."""
+    if isinstance(error, LostError):
+        return error
+    reasons = [each for each in _chain(error) if isinstance(each, jax.errors.JaxRuntimeError)]
+    gone = [each for each in reasons if _GONE.search(str(each))]
+    return LostError(f"another process is gone ({_first_line(gone[0])})") if gone else None
+
+
+def tell_all() -> None:
+    """Tells every process, this one too, that one of them is to be terminated."""
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # then the first is gone, and the others end without
+            for number in range(_state().num_processes):
+                _state().client.key_value_set(_NOTICE.format(number), "terminated", allow_overwrite=True)
+
+
+@contextlib.contextmanager
+def told(call: Callable[[], None]) -> Iterator[None]:
+    """Calls `call`, in a thread, if during the block any process calls `tell_all`."""
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    key = _NOTICE.format(_state().process_id)
+    thread = threading.Thread(target=_listen, args=(_state().client, key, call), name="fot-notice", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _state().client.key_value_set(key, "over", allow_overwrite=True)
+        thread.join()
+
+
+def _listen(client: Any, key: str, call: Callable[[], None]) -> None:
+    while True:
+        try:
+            if client.blocking_key_value_get(key, 3_600_000) == "terminated":
+                call()
+            return
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return  # JAX ends the process: the first one is gone
+
+
+def _join(environment: Mapping[str, str]) -> None:
+    """Joins the other processes; a join that takes too long ends the process with 42."""
+    if not several(environment):
+        return
+    values = settings(environment)
+    # Its handler of SIGTERM would take the place of `fot.termination`'s.
+    jax.config.update("jax_enable_preemption_service", False)
+    # JAX's own end of a late join is a crash that names nobody.
+    late = threading.Timer(JOIN, functools.partial(_late, values))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            **values,
+            initialization_timeout=JOIN + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LEAVE,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"can't join the other processes ({_first_line(error)}): set {COUNT}=1 if there are none, else that, "
+            f"{ADDRESS} and {NUMBER}"
+        ) from None
+    finally:
+        late.cancel()
+
+
+def _late(values: dict[str, Any]) -> None:
+    if values:
+        who = "process {process_id} of {num_processes} has waited {join} s at {coordinator_address}"
+        who = who.format(**values, join=JOIN)
+    else:
+        who = f"this process has waited {JOIN} s"
+    _end(LostError(f"{who} for all to come: look at those that have not printed this, and start all again"))
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Ends the process with the exit code of an error, without JAX's wait for the others."""
+    _end(lost(error) or error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    def fail() -> None:
+        raise error
+
+    code = 1
+    try:
+        code = cli.RETRY if isinstance(error, LostError) and cli.exit_code(fail) else cli.exit_code(fail)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _state() -> Any:
+    """Returns what JAX knows of the processes, before any use of a device; it has no public name."""
+    return jax._src.distributed.global_state

@@ -1,0 +1,160 @@
+"""What a slow or hanging run leaves behind: an XProf trace of chosen steps, the stacks of all threads."""
+
+import contextlib
+import faulthandler
+import pathlib
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import jax
+
+from fot.errors import UserError
+
+FOLDER = "profile"  # in the workdir
+HANG_FILE = "hang.{}.txt"  # there too, with the number of the process
+SLOW = 10  # times the median
+LEAST = 10.0  # seconds; less is no hang, whatever the median
+_KNOWN, _KEPT = 3, 100  # stretches that a median needs, and is of at the most
+
+
+class Span(NamedTuple):
+    """The steps `start` … `stop` - 1 of a run, counted from 0."""
+
+    start: int
+    stop: int
+
+
+def span(text: str) -> Span | None:
+    """Returns the steps that "start:stop" names; of "" None.
+
+    Raises:
+      UserError: the text reads otherwise, or names no step.
+    """
+    if not text:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"--profile={text} must read start:stop, the first step and the one after the last, as 10:13")
+    return Span(int(start), int(stop))
+
+
+@final
+class Trace:
+    """Traces the steps of a span into `<workdir>/profile`, for XProf and TensorBoard; a context manager.
+
+    What is traced when the run ends is written then.
+    """
+
+    def __init__(self, steps: Span | None, workdir: pathlib.Path):
+        self._steps, self._folder, self._running = steps, workdir / FOLDER, False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
+
+    def step(self, number: int, before: Any) -> contextlib.AbstractContextManager:
+        """Returns the context in which to begin a step.
+
+        Args:
+          number: of the step.
+          before: arrays that the steps before it give; a trace begins, and ends, when they are there.
+
+        Raises:
+          UserError: the workdir can't be written.
+        """
+        if self._steps is None:
+            return contextlib.nullcontext()
+        inside = self._steps.start <= number < self._steps.stop
+        if inside != self._running:
+            jax.block_until_ready(before)
+            self._start() if inside else self._stop()
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def _start(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"can't write {self._folder} ({error.strerror}): choose another workdir") from None
+        jax.profiler.start_trace(self._folder)
+        self._running = True
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+@final
+class Watch:
+    """Reports the stacks of all threads when a stretch of steps takes 10 × the median of those before it.
+
+    A context manager; a thread of its own watches, so that it notices also where the main thread waits for devices.
+    """
+
+    def __init__(self, report: pathlib.Path, log: Callable[[str], None], least: float = LEAST):
+        """Args: report: file that the stacks are appended to; log: receives a line; least: seconds without report."""
+        self._report, self._log, self._least = report, log, least
+        self._seconds: deque[float] = deque(maxlen=_KEPT)
+        self._turn = threading.Condition()
+        self._began, self._due = 0.0, None
+        self._closed = False
+
+    def __enter__(self) -> "Watch":
+        self._thread = threading.Thread(target=self._watch, name="fot-watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._turn:
+            self._closed = True
+            self._turn.notify()
+        self._thread.join()
+
+    def begin(self) -> None:
+        """Begins a stretch."""
+        self._began = time.monotonic()
+        if len(self._seconds) >= _KNOWN:
+            self._set(self._began + max(self._least, SLOW * statistics.median(self._seconds)))
+
+    def end(self) -> None:
+        """Ends the stretch, and remembers how long it took."""
+        self.rest()
+        self._seconds.append(time.monotonic() - self._began)
+
+    def rest(self) -> None:
+        """Forgets the stretch: what comes now may take any time."""
+        self._set(None)
+
+    def _set(self, due: float | None) -> None:
+        with self._turn:
+            self._due = due
+            self._turn.notify()
+
+    def _watch(self) -> None:
+        with self._turn:
+            while not self._closed:
+                if self._due is None:
+                    self._turn.wait()
+                elif (left := self._due - time.monotonic()) > 0:
+                    self._turn.wait(left)
+                else:
+                    self._due = None
+                    self._tell()
+
+    def _tell(self) -> None:
+        usual, seconds = statistics.median(self._seconds), time.monotonic() - self._began
+        try:
+            with open(self._report, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {seconds:.3g} s, usually {usual:.3g} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = f"the stacks of all threads are in {self._report}"
+        except OSError as error:
+            where = f"the stacks of all threads can't be written to {self._report} ({error.strerror})"
+        self._log(f"hanging? the steps since the last line have taken {seconds:.3g} s, usually {usual:.3g} s: {where}")

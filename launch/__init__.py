@@ -1,0 +1,1 @@
+"""Launching: training jobs on clusters and pods, from one description."""

@@ -1,0 +1,51 @@
+# sbatch --parsable /shared/runs/3b/launch/job.sh
+#!/bin/bash
+#SBATCH --job-name=fot-3b
+#SBATCH --partition=gpu
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/3b/launch/slurm-%j.log
+
+# When the time is nearly up, the training processes get SIGTERM: they save and exit with 42.
+terminated=0
+step=
+trap 'terminated=1; interrupted=1; kill -TERM "$step" 2>/dev/null || true' TERM
+set -e
+export JAX_LOG_COMPILES=1
+export NOTE='it'"'"'s two words'
+: set up
+set +e
+code=42
+if [ "$terminated" = 0 ]; then
+  srun --wait=60 python -m fot.train --config=configs/longllama_3b.py --workdir=/shared/runs/3b &
+  step=$!
+  [ "$terminated" = 0 ] || kill -TERM "$step"
+  interrupted=1
+  while [ "$interrupted" = 1 ]; do
+    interrupted=0
+    wait "$step"
+    status=$?
+    [ "$status" = 127 ] || code=$status
+  done
+fi
+
+[ "$code" = 0 ] && exit 0
+if [ -e /shared/runs/3b/launch/stopped ]; then
+  echo "stopped: not started again" >&2
+  exit "$code"
+fi
+case "$code" in
+  42|134|137|143)
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+      echo "exit code $code: back into the queue" >&2
+      scontrol requeue "$SLURM_JOB_ID" && exit 0
+    else
+      echo "exit code $code: 3 retries are used up" >&2
+    fi ;;
+esac
+exit "$code"

@@ -1,0 +1,150 @@
+"""Several processes: how one learns which it is, what they agree on, and that none waits for one that is gone."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from fot import distributed
+from fot.errors import CheckpointError, LostError, UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        (EXPLICIT, True),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "2"}, False),  # a batch script, before srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, False),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, True),
+    ],
+)
+def test_who_is_one_of_several(environment, several):
+    assert distributed.several(environment) == several
+
+
+def test_tpu_machines_are_known_by_what_jax_says_of_them():
+    script = "import jax, os; from fot import distributed as d; print(d.several(os.environ))"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    variables = {**plain, "JAX_FORCE_TPU_INIT": "1", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "tpu,cpu"}
+    found = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr
+
+
+def test_settings_are_those_of_the_environment():
+    wanted = {"coordinator_address": "host:1234", "num_processes": 3, "process_id": 2}
+    assert distributed.settings(EXPLICIT) == wanted
+    assert distributed.settings(SLURM) == distributed.settings({"JAX_COORDINATOR_ADDRESS": "host:1234"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is not set, but JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
+        ({"JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS=host must read host:port"),
+        ({"JAX_PROCESS_ID": "3"}, "JAX_PROCESS_ID=3 must be a number from 0 to JAX_NUM_PROCESSES=3 less 1"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_PROCESS_ID=2 must be a number from 0 to JAX_NUM_PROCESSES=two"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    changed = {name: value for name, value in (EXPLICIT | changes).items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        distributed.settings(changed)
+
+
+def test_a_process_alone_agrees_with_itself():
+    assert distributed.agree("step", 7) == 7 and distributed.is_first()
+    distributed.tell_all()
+    with distributed.told(lambda: 1 / 0), distributed.joined():
+        pass
+
+
+def test_errors_for_want_of_another_process_are_told_from_others():
+    gone = jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer\nmore")
+    try:
+        raise CheckpointError("not saved") from gone
+    except CheckpointError as error:
+        assert str(distributed.lost(error)) == "another process is gone (UNAVAILABLE: Connection reset by peer)"
+    assert distributed.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")) is None
+    assert distributed.lost(CheckpointError("not saved (UNAVAILABLE)")) is None
+    error = LostError("late")
+    assert distributed.lost(error) is error
+
+
+PROGRAM = """
+import os, sys, threading, time
+from fot import distributed
+from fot.errors import UserError
+
+number, told = int(os.environ["JAX_PROCESS_ID"]), threading.Event()
+distributed.JOIN = int(sys.argv[1])
+
+
+def main():
+    with distributed.joined(), distributed.told(told.set):
+        assert not distributed.is_first() == bool(number)
+        {body}
+    print("over")
+
+
+main()
+"""
+
+
+def ran(body: str, numbers=(0, 1), join: int = 120) -> list[tuple[int, str, str]]:
+    """Returns exit code, output and errors of processes, of two, that run the body."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
+    command = [sys.executable, "-c", PROGRAM.format(body=body.replace("\n", "\n        ")), str(join)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [
+        subprocess.Popen(command, env=shared | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}, **pipes)
+        for number in numbers
+    ]
+    ended = []
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=300)
+            ended.append((process.returncode, out, errors))
+    finally:
+        for process in processes:
+            process.kill()
+    return ended
+
+
+def test_they_agree_and_tell_each_other():
+    body = (
+        "print(distributed.agree('step', 3 + number, 60))\nif number:\n    distributed.tell_all()\nassert told.wait(60)"
+    )
+    for code, out, errors in ran(body):
+        assert (code, out) == (0, "4\nover\n"), errors
+
+
+def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
+    # The second waits, as in a computation that needs the first.
+    first, second = ran("time.sleep(300) if number else distributed.agree('step', 1, 2)")
+    assert first[0] == 42 and first[2].startswith("error: no word within 2 s from process 1 of 2\n"), first
+    assert second[0] == -6, "JAX ends a process that has lost the first"
+    failed, _ = ran("if number: time.sleep(300)\nraise UserError('no space')")
+    assert failed == (2, "", "error: no space\n")
+
+
+def test_one_that_comes_alone_does_not_wait_for_ever():
+    ((code, _, errors),) = ran("pass", numbers=(0,), join=3)
+    assert code == 42
+    assert "process 0 of 2 has waited 3 s at 127.0.0.1:" in errors and errors.count("\n") == 1

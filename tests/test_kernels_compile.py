@@ -1,0 +1,104 @@
+"""Kernels by the TPU's own compiler, for every generation that has them, on devices that are not there."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks import kernels as benchmark
+from fot import crossbatch, joint, model, sharding
+from fot.attention import Tokens
+from fot.compile import costs, generations, hlo
+from fot.config import CrossbatchConfig, MeshConfig, ModelConfig
+from fot.kernels.passes import Keys
+from fot.sharding import ROWS
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra `tpu`")
+B = 8
+TABLE = crossbatch.make_table(CrossbatchConfig(variant="segments", packing=4, groups=2), B, 1)
+
+
+def compiled(topology: str, length: int, head_dim: int, heads: int = 4, kv_heads: int = 2) -> str:
+    """Forward and backward, rows over two devices and heads over two: the program's text."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), generations.devices(topology)[:4])
+
+    def loss(q, near, far, v, documents, positions):
+        tokens = Tokens(documents, positions)
+        return joint.attend(q, Keys(near, v), Keys(far, v), tokens, tokens, TABLE).out.astype(jnp.float32).sum()
+
+    def arrays(count: int) -> jax.ShapeDtypeStruct:
+        spread = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
+        return jax.ShapeDtypeStruct((B, length, count, head_dim), jnp.bfloat16, sharding=spread)
+
+    tokens = jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        lowered = step.lower(arrays(heads), *3 * [arrays(kv_heads)], tokens, tokens)
+    return lowered.compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("topology", "length", "head_dim"),
+    [
+        ("v4:2x2x1", 2048, 128),
+        ("v4:2x2x1", 512, 64),
+        ("v4:2x2x1", 640, 100),  # LLaMA 3B's heads; blocks that don't divide
+        ("v5e:2x2", 1024, 128),
+        ("v5p:2x2x1", 2048, 64),
+        ("v6e:2x2", 2048, 128),
+    ],
+)
+def test_they_compile_and_nothing_is_gathered_nor_are_there_logits(topology, length, head_dim):
+    text = compiled(topology, length, head_dim)
+    names = re.findall(r"%crossbatch_(\w+?)[.\d]* = .*tpu_custom_call", text)
+    assert sorted(names) == ["forward", "key_gradients", "key_gradients", "query_gradients"]
+    assert not re.search(r" (gather|scatter|all-gather)\(", text)
+    # A row's queries in float32 are the largest that there is; logits of a block of them would be four times that.
+    rows, heads = B // 2, 2
+    largest = max(array.bytes for array in costs.largest(hlo.parse(text), 99))
+    assert largest <= 4 * rows * heads * max(length, 1024) * 128
+    work = costs.kernels(hlo.parse(text))
+    blocks = -(-length // joint.BLOCK)
+    pairs = rows * blocks * (blocks + 1) // 2 + 2 * int((TABLE.contexts_BC >= 0).sum()) // 4 * blocks**2
+    assert work.flops >= (2 + 3 + 4) * 2 * heads * pairs * (length // blocks) ** 2 * head_dim
+    assert work.bytes > 0
+
+
+def test_a_v3_compiles_the_jnp_form():
+    config = ModelConfig(
+        layers=1, memory_layers=(0,), dim=32, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, attention_block=16
+    )
+    tokens = jax.ShapeDtypeStruct((B, 16), jnp.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+
+    def text(topology: str, config: ModelConfig) -> str:
+        mesh = sharding.make_mesh(MeshConfig(fsdp=1), generations.devices(topology)[:1])
+        with jax.set_mesh(mesh):
+            return (
+                jax.jit(
+                    lambda p, ids, *tokens: model.apply(p, ids, Tokens(*tokens), config, table=TABLE).hidden,
+                    in_shardings=sharding.replicated(mesh),
+                )
+                .lower(params, tokens, tokens, tokens)
+                .as_text()
+            )
+
+    assert "tpu_custom_call" in text("v4:2x2x1", config)
+    assert "tpu_custom_call" not in text("v3:2x2", config)
+    assert "tpu_custom_call" not in text("v4:2x2x1", dataclasses.replace(config, attention_kernel="jnp"))
+
+
+def test_the_benchmark_has_a_line_of_each_case(monkeypatch, capsys):
+    flags = ["kernels", "--rows=4", "--heads=1", "--head_dim=64", "--context=256"]
+    monkeypatch.setattr(sys, "argv", flags)
+    benchmark.main()
+    lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(lines) == list(benchmark.CASES)
+    assert all(line["cycles"] > 0 and line["temp_bytes"] >= 0 for line in lines.values())
+    assert [line["kernel_cycles"] > 0 for line in lines.values()] == [False, False, True]
