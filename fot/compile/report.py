@@ -85,7 +85,7 @@ class Estimate:
     Attributes:
       cycles: estimated cycles × trip counts, those of kernels among them.
       kernels: cycles of Pallas kernels, for which the compiler has no estimate: what they say that they do, at the
-        hardware's peak. Less than they will take: the compiler's schedules of attention come to about twice that.
+        hardware's peak. Less than they will take: the compiler's schedules of attention come to three times that.
       seconds: of these cycles at the generation's clock.
       unknown_loops: loops counted once, as their trip count isn't known.
     """
