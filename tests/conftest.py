@@ -7,8 +7,12 @@ import gc
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
+
+# Where tests run in the background, Ctrl-C is ignored, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests compile much and run little: compile without optimising, and what several tests or their processes need once.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

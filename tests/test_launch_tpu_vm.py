@@ -236,18 +236,13 @@ sys.exit(failed or code[0])
 def launched(cloud: FakeCloud, until: str) -> subprocess.Popen:
     """Starts a launch in a process of its own and waits until it has said something."""
     root = str(pathlib.Path(__file__).parent.parent)
-    # Where these tests run in the background, SIGINT is ignored, and what they start would inherit that.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, cloud.python],
-            env={**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, inherited)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, cloud.python],
+        env={**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if until in line:
             return process
