@@ -58,17 +58,7 @@ class Place(NamedTuple):
         return [f"--config={self.folder / 'run.py'}", f"--workdir={self.folder / workdir}", files]
 
     def start(self, workdir: str, *flags: str) -> subprocess.Popen:
-        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`.
-
-        Ctrl-C reaches it even where these tests run in the background, with SIGINT ignored.
-        """
-        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return self._start(workdir, *flags)
-        finally:
-            signal.signal(signal.SIGINT, inherited)
-
-    def _start(self, workdir: str, *flags: str) -> subprocess.Popen:
+        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`."""
         command = [sys.executable, "-m", "fot.train", *self.flags(workdir), *flags]
         with open(self.folder / f"{workdir}.out", "w") as out, open(self.folder / f"{workdir}.err", "w") as err:
             return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=err)
