@@ -289,7 +289,7 @@ def _layered(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
 
     @functools.partial(program, out_shardings=stream, donate_argnames="x_WBTD")
     def local(layer: model.Params, x_WBTD: jax.Array, tokens: Tokens) -> jax.Array:
-        return jax.lax.map(lambda window: model.local_layer(layer, *window, config), (x_WBTD, tokens))
+        return jax.lax.map(lambda window: _local(layer, *window, config), (x_WBTD, tokens))
 
     @functools.partial(program, out_shardings=(stream, pairs), donate_argnames="x_WBTD", static_argnames="index")
     def remote(
@@ -322,6 +322,21 @@ def _layered(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
         return last(top, x_WBTD, before, chunk.documents)
 
     return read
+
+
+def _local(layer: model.Params, x_BTD: jax.Array, tokens: Tokens, config: ModelConfig) -> jax.Array:
+    """`model.local_layer` of a window; of its first half alone if the second is padding, as a text's last one may be."""
+
+    def whole(x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
+        return model.local_layer(layer, x_BTD, tokens, config)
+
+    def first_half(x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
+        x, tokens = jax.tree.map(lambda x: x[:, :half], (x_BTD, tokens))
+        return jnp.concatenate([whole(x, tokens), x_BTD[:, half:]], axis=1)
+
+    half = -(-x_BTD.shape[1] // 2)
+    padded = (tokens.documents[:, half:] < 0).all()
+    return jax.lax.cond(padded, first_half, whole, x_BTD, tokens)
 
 
 def _by_window(chunk: _Chunk) -> _Chunk:

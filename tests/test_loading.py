@@ -115,6 +115,16 @@ def test_nothing_is_computed_that_no_entry_depends_on(name, mesh):
     same(found, load(params, config, mesh, batches))
 
 
+def test_half_a_window_of_padding_is_not_computed(mesh):
+    """Were it, values that are NaN would reach the other half, as 0 · NaN."""
+    params, padding = incremental.prepare(init(MODEL), MODEL, mesh), MODEL.vocab_size - 1
+    batches = [
+        batch._replace(tokens=np.where(batch.documents < 0, padding, batch.tokens % padding)) for batch in windows(3)
+    ]
+    poisoned = {**params, "embedding": params["embedding"].at[padding].set(jnp.nan)}
+    same(load(poisoned, MODEL, mesh, batches), load(params, MODEL, mesh, batches))
+
+
 def test_with_one_memory_layer_the_memory_is_not_read(mesh):
     params, batches = init(MODEL), windows(2)
     used = memory.empty(1, B, CAPACITY, MODEL.kv_heads, MODEL.head_dim, jnp.float32)
