@@ -325,7 +325,7 @@ def _layered(config: ModelConfig, reader: Reader | None, mesh: Mesh) -> Callable
 
 
 def _local(layer: model.Params, x_BTD: jax.Array, tokens: Tokens, config: ModelConfig) -> jax.Array:
-    """`model.local_layer` of a window; of its first half alone if the second is padding, as of a text that ends there."""
+    """`model.local_layer` of a window; of its first half alone if the second is padding, as where a text ends."""
 
     def whole(x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
         return model.local_layer(layer, x_BTD, tokens, config)
