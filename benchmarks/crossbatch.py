@@ -32,6 +32,7 @@ import tqdm
 from fot import attention, config, crossbatch, sharding, train_step
 from fot.attention import Partial, Tokens
 from fot.batch import Batch
+from fot.contexts import attend_contexts
 from fot.crossbatch import Table
 
 Line = dict[str, Any]
@@ -219,7 +220,7 @@ def attend_local(q, k, v, tokens, table, block) -> Partial:
 
 def attend_ours(q, k, v, tokens, table, block) -> Partial:
     """Local attention and contexts as the model has them."""
-    contexts = crossbatch.attend_contexts(q, k, v, tokens, tokens, table, block)
+    contexts = attend_contexts(q, k, v, tokens, tokens, table, block)
     return attention.merge(attention.attend_local(q, k, v, tokens, block), contexts)
 
 

@@ -21,6 +21,7 @@ from fot import attention, crossbatch, joint, sharding
 from fot.attention import Tokens
 from fot.compile import costs, generations, hlo
 from fot.config import CrossbatchConfig, MeshConfig
+from fot.contexts import attend_contexts
 from fot.kernels.passes import Keys
 from fot.sharding import ROWS
 
@@ -32,7 +33,7 @@ def local(q, near, far, v, tokens, table):
 
 
 def contexts(q, near, far, v, tokens, table):
-    remote = crossbatch.attend_contexts(q, far, v, tokens, tokens, table, BLOCK)
+    remote = attend_contexts(q, far, v, tokens, tokens, table, BLOCK)
     return attention.merge(attention.attend_local(q, near, v, tokens, BLOCK), remote).out
 
 

@@ -15,7 +15,7 @@ import ml_collections
 from configs import base
 
 # Fields of the model that the stored weights leave open; all others come with the checkpoint.
-OPEN = ("compute_dtype", "remat", "attention_block", "attention_kernel", "loss_block", "unroll")
+OPEN = ("compute_dtype", "remat", "attention_block", "attention_kernel", "attention_exchange", "loss_block", "unroll")
 FROM_CHECKPOINT = ("context", "tokenizer", "tokenizer_file")
 
 

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "mesh.",
     "model.attention_block",
     "model.attention_kernel",
+    "model.attention_exchange",
     "model.remat",
     "model.unroll",
     "train.steps",

@@ -5,9 +5,8 @@ import logging
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from fot import crossbatch, sharding
+from fot import ring, sharding
 from fot.attention import Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
@@ -15,7 +14,6 @@ from fot.kernels import crossbatch as kernels
 from fot.kernels.crossbatch import Joint
 from fot.kernels.passes import Keys
 from fot.memory import Memory
-from fot.sharding import ROWS
 
 BLOCK = 512  # tokens of a row that a kernel has at once; its logits of 512 × 512 fit into every generation's VMEM
 _TOO_OLD = ("TPU v2", "TPU v3")  # Mosaic has no bfloat16 products for them
@@ -55,10 +53,16 @@ def _device() -> tuple[str, str]:
 
 
 @jax.named_scope("contexts")
-def attend(q_ATNH: jax.Array, near: Keys, far: Keys, queries: Tokens, tokens: Tokens, table: Table) -> Joint:
+def attend(
+    q_ATNH: jax.Array,
+    near: Keys,
+    far: Keys,
+    queries: Tokens,
+    tokens: Tokens,
+    table: Table,
+    exchange: str = ModelConfig.attention_exchange,
+) -> Joint:
     """`fot.kernels.crossbatch.attend`, each device having the rows and heads that it holds.
-
-    Contexts that are rows of other devices are brought in before, as in `crossbatch.attend_contexts`.
 
     Args:
       q_ATNH: queries, already scaled, of any A rows.
@@ -67,21 +71,20 @@ def attend(q_ATNH: jax.Array, near: Keys, far: Keys, queries: Tokens, tokens: To
       queries: [A, T], tokens of the queries.
       tokens: [B, T], tokens of all rows.
       table: static; its rows are those of the queries.
+      exchange: how contexts of other devices come, as in `contexts.attend_contexts`.
     """
-    shards, rows, T = sharding.row_shards(), len(far.keys), q_ATNH.shape[1]
-    split = ROWS if len(q_ATNH) % shards == 0 and rows % shards == 0 else None
-    shards = shards if split else 1
-    own = crossbatch.of_shards(table, rows, shards)
-    each = rows if own is None else rows // shards
-    plan = kernels.plan(*(table if own is None else own), rows=each, length=T, block=BLOCK, shards=shards)
-
-    def here(q, near, far, queries, tokens, plan):
-        if own is None:
-            far, tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, ROWS, tiled=True), (far, tokens))
-        return kernels.attend(q, near, far, queries, tokens, plan, BLOCK, _device()[0] != "tpu")
-
-    axis, heads = PartitionSpec(split), PartitionSpec(split, None, sharding.MESH_AXES["heads"])
-    spread = sharding.over_devices(
-        here, in_specs=(heads, heads, heads, axis, axis, axis), out_specs=heads, axes=sharding.AXES
+    route, T = ring.route(table, len(far.keys), exchange), q_ATNH.shape[1]
+    plans = tuple(
+        kernels.plan(*seen, route.rows, T, BLOCK, route.trip.shards, local=stop == 0)
+        for stop, seen in enumerate(route.tables)
     )
-    return spread(q_ATNH, near, far, queries, tokens, jax.tree.map(np.asarray, plan))
+
+    def here(with_heads, of_rows):
+        q, near, far = with_heads
+        queries, tokens, plans = of_rows
+        far, tokens = route.bring((far, tokens))
+        return kernels.attend_around(q, near, far, queries, tokens, plans, route.trip, BLOCK, _device()[0] != "tpu")
+
+    return route.over_devices(
+        here, (q_ATNH, near, far), (queries, tokens, jax.tree.map(np.asarray, plans)), sharding.AXES
+    )

@@ -20,7 +20,14 @@ from fot.memory import Memory
 ABOUT = "memory.json"
 ARRAYS = ("keys", "values", "documents", "written")  # the fields of a memory that are stored, each in a file
 _REMEDY = "free disk space or choose another folder"
-_INDIFFERENT = ("remat", "attention_block", "attention_kernel", "loss_block", "unroll")  # fields that change no result
+_INDIFFERENT = (
+    "remat",
+    "attention_block",
+    "attention_kernel",
+    "attention_exchange",
+    "loss_block",
+    "unroll",
+)  # fields that change no result
 
 
 class Owner(NamedTuple):

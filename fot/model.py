@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fot import attention, crossbatch, joint, sharding
+from fot import attention, contexts, joint, sharding
 from fot.attention import Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
@@ -249,12 +249,13 @@ def memory_layer(
     near = Keys(place(k[keep], config), v[keep])
     seen = None if table is None else Table(table.contexts_BC[keep], table.negative_BC[keep])
     if joint.runs(config, seen, source.memory):
-        both = joint.attend(q, near, Keys(k, v), queries, tokens, seen)
+        both = joint.attend(q, near, Keys(k, v), queries, tokens, seen, config.attention_exchange)
         return block.finish(x_BTD, both.out), k, v, Reads(q, both.share)
     local = attention.attend_local(q, *near, queries, config.attention_block)
     remote = []
     if seen is not None and seen.contexts_BC.shape[1] > 0:
-        remote.append(crossbatch.attend_contexts(q, k, v, queries, tokens, seen, config.attention_block))
+        how = config.attention_block, config.attention_exchange
+        remote.append(contexts.attend_contexts(q, k, v, queries, tokens, seen, *how))
     if source.memory is not None:
         remote.append(readers.read(q, queries.documents, source.memory.slots(index), source.reader))
     reads = Reads(q, block.attention.share(local, remote))

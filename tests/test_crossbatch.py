@@ -11,6 +11,7 @@ import pytest
 from fot import attention, crossbatch
 from fot.attention import Partial, Tokens
 from fot.config import CrossbatchConfig
+from fot.contexts import alike, attend_contexts
 from fot.crossbatch import VARIANTS, Table
 
 SEGMENTS_3B, SEGMENTS_7B = ((0, 0), (1, 1), (2, 1), (3, 0)), ((0, 0), (1, 2), (2, 5), (3, 4))
@@ -117,20 +118,6 @@ def test_groups_are_batches_of_their_own(variant):
         np.testing.assert_array_equal(table.negative_BC[rows], alone.negative_BC)
 
 
-def test_tables_whose_rows_see_their_own_shard_are_tables_of_shards():
-    grouped = crossbatch.make_table(CrossbatchConfig(groups=4), 16, 2)
-    for shards in (1, 2, 4):
-        own = crossbatch.of_shards(grouped, 16, shards)
-        there = grouped.contexts_BC >= 0
-        np.testing.assert_array_equal(own.contexts_BC >= 0, there)
-        first = np.arange(16)[:, None] // (16 // shards) * (16 // shards)
-        np.testing.assert_array_equal((own.contexts_BC + first)[there], grouped.contexts_BC[there])
-    assert crossbatch.of_shards(grouped, 16, 8) is None
-    assert crossbatch.of_shards(crossbatch.make_table(CrossbatchConfig(), 16, 2), 16, 2) is None
-    last = crossbatch.loss_rows(CrossbatchConfig(loss_rows="last"))
-    assert crossbatch.of_shards(Table(*(x[last] for x in grouped)), 16, 4).contexts_BC.max() == 2
-
-
 def test_loss_rows_are_all_or_the_last_of_each_pack():
     assert list(range(8)[crossbatch.loss_rows(CONFIG)]) == list(range(8))
     assert list(range(8)[crossbatch.loss_rows(dataclasses.replace(CONFIG, loss_rows="last"))]) == [3, 7]
@@ -209,7 +196,7 @@ def plain(x: dict[str, jax.Array], contexts_BC, local_BTS, context_BTCS) -> jax.
 
 def streamed(x: dict[str, jax.Array], table: Table, block: int) -> jax.Array:
     local = attention.attend_local(x["q"], x["near"], x["v"], TOKENS, block)
-    far = crossbatch.attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, block)
+    far = attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, block)
     return attention.merge(local, far).out
 
 
@@ -248,7 +235,7 @@ def test_streamed_contexts_equal_the_plain_formula_in_value_and_gradient(variant
 def test_rows_are_grouped_so_that_few_wait_for_those_that_see_more():
     table = crossbatch.previous(CrossbatchConfig(packing=16, w=15), 64, 4)
     count_B = (table.contexts_BC >= 0).sum(1)
-    groups = crossbatch.alike(count_B)
+    groups = alike(count_B)
     np.testing.assert_array_equal(np.sort(np.concatenate(groups)), np.flatnonzero(count_B))
     visited = sum(len(rows) * count_B[rows].max() for rows in groups)
     assert count_B.sum() <= visited < 1.2 * count_B.sum() <= 0.6 * count_B.size * count_B.max()
@@ -256,7 +243,7 @@ def test_rows_are_grouped_so_that_few_wait_for_those_that_see_more():
 
 def test_groups_of_rows_equal_the_plain_formula_in_value_and_gradient():
     table = crossbatch.previous(CrossbatchConfig(packing=K, w=K - 1), B, 2)
-    assert len(crossbatch.alike((table.contexts_BC >= 0).sum(1))) == K - 1
+    assert len(alike((table.contexts_BC >= 0).sum(1))) == K - 1
     expected = value_and_gradients(lambda x: plain(x, table.contexts_BC, local_mask(), context_mask(table)))
     close(value_and_gradients(lambda x: streamed(x, table, 4)), expected)
 
@@ -273,7 +260,7 @@ def test_released_behaviour_shows_every_context_whole():
     shown = crossbatch.without_documents(table)
 
     def far(x):
-        return crossbatch.attend_contexts(x["q"], x["far"], x["v"], whole, whole, shown, T).out
+        return attend_contexts(x["q"], x["far"], x["v"], whole, whole, shown, T).out
 
     mask = np.broadcast_to((table.contexts_BC >= 0)[:, None, :, None], (B, T, table.contexts_BC.shape[1], T))
     nothing = np.zeros((B, T, T), bool)
@@ -287,8 +274,8 @@ def test_some_query_rows_get_what_they_get_among_all(keep):
     part = Table(table.contexts_BC[keep], table.negative_BC[keep])
     queries = jax.tree.map(lambda x: x[keep], TOKENS)
     x = inputs()
-    some = crossbatch.attend_contexts(x["q"][keep], x["far"], x["v"], queries, TOKENS, part, T)
-    every = crossbatch.attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, T)
+    some = attend_contexts(x["q"][keep], x["far"], x["v"], queries, TOKENS, part, T)
+    every = attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, T)
     close(some, jax.tree.map(lambda x: x[keep], every), 1e-6)
 
 
@@ -312,7 +299,7 @@ def influence(variant: str) -> np.ndarray:
     x = inputs()
 
     def far(v):
-        return crossbatch.attend_contexts(x["q"], x["far"], v, TOKENS, TOKENS, table, T).out.sum((-1, -2))
+        return attend_contexts(x["q"], x["far"], v, TOKENS, TOKENS, table, T).out.sum((-1, -2))
 
     def gradient(cotangent):
         return jax.vjp(far, x["v"])[1](cotangent)[0].sum((-1, -2))
@@ -345,7 +332,7 @@ def test_masked_documents_are_there_to_be_masked():
 def test_rows_without_contexts_give_nothing_and_change_no_bit():
     table = crossbatch.make_table(config_of("previous"), B, 2)
     x = inputs()
-    part = crossbatch.attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, T)
+    part = attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, T)
     first = np.arange(0, B, K)
     same(part.out[first], np.zeros((PACKS, T, N, H)))
     same(part.lse[first], np.full((PACKS, T, N), -np.inf))
@@ -358,7 +345,7 @@ def test_rows_without_contexts_give_nothing_and_change_no_bit():
 def test_a_table_without_columns_gives_nothing():
     x = inputs()
     table = crossbatch.make_table(config_of("none"), B, 1)
-    part = crossbatch.attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, T)
+    part = attend_contexts(x["q"], x["far"], x["v"], TOKENS, TOKENS, table, T)
     same(part, Partial(jnp.zeros((B, T, N, H)), jnp.full((B, T, N), -jnp.inf)))
 
 
@@ -377,7 +364,7 @@ def peak_bytes(f, d: int) -> int:
 def test_peak_memory_does_not_grow_with_the_contexts():
     def streaming(q, k, v, table):
         tokens = crossbatch.rows_as_documents(*q.shape[:2])
-        return crossbatch.attend_contexts(q, k, v, tokens, tokens, crossbatch.without_documents(table), 32).out
+        return attend_contexts(q, k, v, tokens, tokens, crossbatch.without_documents(table), 32).out
 
     def gathering(q, k, v, table):
         rows, length = q.shape[:2]

@@ -10,6 +10,7 @@ import pytest
 
 from fot import attention, crossbatch
 from fot.config import CrossbatchConfig
+from fot.contexts import attend_contexts
 from fot.crossbatch import Table
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "data").glob("crossbatch_*.npz"))
@@ -52,11 +53,11 @@ class Golden:
         keys = whole._replace(documents=jnp.where(self.arrays["attention_mask"] > 0, whole.documents, -1))
         itself = Table(np.arange(self.rows, dtype=np.int32)[:, None], np.zeros((self.rows, 1), bool))
         if (self.arrays["attention_mask"] == 0).any():
-            local = crossbatch.attend_contexts(near_q, near_k, v, whole, keys, itself, 8)
+            local = attend_contexts(near_q, near_k, v, whole, keys, itself, 8)
         else:
             local = attention.attend_local(near_q, near_k, v, whole, 8)
         shown = crossbatch.without_documents(self.table)
-        return attention.merge(local, crossbatch.attend_contexts(near_q, far_k, v, whole, whole, shown, 8)).out
+        return attention.merge(local, attend_contexts(near_q, far_k, v, whole, whole, shown, 8)).out
 
     def theirs(self, q, k, v) -> jax.Array:
         """The released formula, -1e6 and all: contexts wrap around and are hidden by adding to their logits."""

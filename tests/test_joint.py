@@ -13,6 +13,7 @@ from fot import attention, crossbatch, joint, model, sharding
 from fot import config as config_lib
 from fot.attention import Tokens
 from fot.config import CrossbatchConfig, MeshConfig, ModelConfig
+from fot.contexts import attend_contexts
 from fot.crossbatch import Table
 from fot.errors import ConfigError
 from fot.kernels.passes import Keys
@@ -77,15 +78,17 @@ def test_the_model_is_the_same_with_kernels(positions, qk_norm, loss_rows):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "groups"),
+    ("mesh", "groups", "exchange"),
     [
-        (MeshConfig(fsdp=4, tensor=2), 4),  # contexts on the row's own device
-        (MeshConfig(data=2, fsdp=1, tensor=2, sequence=2), 1),  # on others too; an axis that splits nothing here
-        (MeshConfig(fsdp=8), 1),  # 4 rows for the loss are fewer than the devices for them
+        (MeshConfig(fsdp=4, tensor=2), 4, "ring"),  # contexts on the row's own device
+        (MeshConfig(data=2, fsdp=1, tensor=2, sequence=2), 1, "gather"),  # on others too; an axis that splits nothing
+        (MeshConfig(data=2, fsdp=1, tensor=2, sequence=2), 1, "ring"),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 1, "ring"),
+        (MeshConfig(fsdp=8), 1, "ring"),  # 4 rows for the loss are fewer than the devices for them
     ],
-    ids=["own", "gathered", "few rows"],
+    ids=["own", "gathered", "ring of 2", "ring of 4", "few rows"],
 )
-def test_devices_have_their_rows_and_heads(mesh, groups):
+def test_devices_have_their_rows_and_heads(mesh, groups, exchange):
     made = sharding.make_mesh(mesh, jax.devices())
     table = crossbatch.make_table(dataclasses.replace(CROSSBATCH, groups=groups), B, 4 // groups)
     keep = slice(1, None, 2) if mesh.fsdp == 8 else slice(None)
@@ -94,12 +97,12 @@ def test_devices_have_their_rows_and_heads(mesh, groups):
     draw = np.random.default_rng(0).normal
     q, k, v, far = (jnp.asarray(draw(size=(B, T, n, 4)), jnp.float32) for n in (4, 2, 2, 2))
     local = attention.attend_local(q[keep], k[keep], v[keep], queries, 8)
-    both = attention.merge(local, crossbatch.attend_contexts(q[keep], far, v, queries, everything, seen, 8))
+    both = attention.merge(local, attend_contexts(q[keep], far, v, queries, everything, seen, 8))
 
     @jax.jit
     def run(q, k, v, far):
         def loss(q, k, v, far):
-            done = joint.attend(q[keep], Keys(k[keep], v[keep]), Keys(far, v), queries, everything, seen)
+            done = joint.attend(q[keep], Keys(k[keep], v[keep]), Keys(far, v), queries, everything, seen, exchange)
             return jnp.sin(done.out).sum(), done
 
         return jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, far)

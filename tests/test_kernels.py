@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from fot import attention, crossbatch
 from fot.attention import Tokens
 from fot.config import CrossbatchConfig
+from fot.contexts import attend_contexts
 from fot.crossbatch import VARIANTS, Table
 from fot.kernels import crossbatch as kernels
 from fot.kernels.passes import Keys
@@ -122,6 +123,18 @@ def test_lists_have_every_pair_of_blocks_once_and_stay_with_one_until_it_is_done
     assert joints.sum() == B * blocks and (plan.queries.flags[joints] & KIND == NEAR).all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_their_local_context_rows_keep_their_contexts_and_all_blocks_are_written(variant):
+    whole, plan = (make_plan(*table_of(variant), rows=B, blocks=2, local=local) for local in (True, False))
+    before, after = whole.queries.flags & KIND > NEAR, plan.queries.flags & KIND > NEAR
+    for wanted, got in ((whole.queries.queries, plan.queries.queries), (whole.queries.far, plan.queries.far)):
+        np.testing.assert_array_equal(wanted[before], got[after])
+    assert (plan.queries.flags[~after] & KIND == NOTHING).all() and (plan.near.flags & KIND == NOTHING).all()
+    assert ((plan.queries.flags & FIRST) > 0).sum() == ((plan.queries.flags & LAST) > 0).sum() == 2 * B
+    assert sorted(set(plan.queries.queries)) == list(range(2 * B))
+    jax.tree.map(np.testing.assert_array_equal, whole.far, plan.far)
+
+
 def test_blocks_that_a_step_does_not_need_stay_what_they_were():
     plan = make_plan(*table_of("segments"), rows=B, blocks=2)
     kinds = plan.queries.flags & KIND
@@ -180,7 +193,7 @@ def test_the_reference_is_local_attention_and_the_streamed_contexts():
     plan = kernels.plan(*table, rows=B, length=T, block=T)
     joint = kernels.reference(q, near, far, tokens, tokens, plan, T, True)
     local = attention.attend_local(q, *near, tokens, 4)
-    both = attention.merge(local, crossbatch.attend_contexts(q, *far, tokens, tokens, table, 4))
+    both = attention.merge(local, attend_contexts(q, *far, tokens, tokens, table, 4))
     close(joint, kernels.Joint(both.out, both.lse, local.lse))
 
 

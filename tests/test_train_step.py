@@ -1,5 +1,6 @@
 """Properties of the train step on a mesh: loss and gradients of one device, and what devices send each other."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -90,19 +91,37 @@ def test_every_mesh_has_the_loss_and_gradients_of_one_device(mesh):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
-def sent(groups: int, d: int) -> tuple[report.Moved, ...]:
-    """What 4 × 2 devices send in a step whose rows see d documents."""
-    config = dataclasses.replace(run_of(0, (1, 4, 2, 1)), crossbatch=CrossbatchConfig(d=(d,), groups=groups))
+def sent(groups: int, d: int, exchange: str = "ring") -> dict[str, int]:
+    """Bytes that each of 4 × 2 devices sends in a step whose rows see d documents, by kind of collective and axis."""
+    config = dataclasses.replace(
+        run_of(0, (1, 4, 2, 1)),
+        model=dataclasses.replace(MODEL, attention_exchange=exchange),
+        crossbatch=CrossbatchConfig(d=(d,), groups=groups),
+    )
     mesh = sharding.make_mesh(config.mesh, jax.devices())
+    moved: collections.Counter[str] = collections.Counter()
     compiled = train_step.compile_step(config, mesh, d)
-    return report.collectives(hlo.parse(compiled.as_text()), dict(mesh.shape))
+    for each in report.collectives(hlo.parse(compiled.as_text()), dict(mesh.shape)):
+        moved[f"{each.kind} {each.axes}"] += each.bytes
+    return dict(moved)
 
 
-def test_no_more_is_sent_for_more_contexts_and_less_if_they_are_of_the_device():
-    grouped, whole = sent(4, 2), sent(1, 2)
-    assert grouped == sent(4, 1)
-    assert whole == sent(1, 8)
-    assert sum(each.bytes for each in grouped) < sum(each.bytes for each in whole)
+def test_no_more_is_sent_for_more_contexts_that_are_of_the_device():
+    assert sent(4, 1) == sent(4, 2) == sent(1, 1)
+
+
+def test_all_rows_are_gathered_at_the_same_cost_for_any_d():
+    whole = sent(1, 2, "gather")
+    assert whole == sent(1, 8, "gather") and sum(whole.values()) > sum(sent(4, 2).values())
+
+
+def test_around_the_ring_only_permutes_grow_and_by_the_same_for_each_hop():
+    """A device has 2 documents: d = 2, 4 and 6 are 1, 2 and 3 hops."""
+    none, *hops = (sent(1, d) for d in (1, 2, 4, 6))
+    permute = "collective-permute fsdp"
+    grown = [each.pop(permute) for each in hops]
+    assert grown[0] > none.pop(permute, 0) and grown[2] - grown[1] == grown[1] - grown[0] > 0
+    assert all(each == none for each in hops)
 
 
 @pytest.mark.parametrize("d", [0, 3])

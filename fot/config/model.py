@@ -9,6 +9,7 @@ MEMORY_POSITIONS = ("none", "zero")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 REMATS = ("none", "elementwise", "mlp", "full")
 ATTENTION_KERNELS = ("auto", "jnp", "pallas")
+ATTENTION_EXCHANGES = ("ring", "gather")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -76,6 +77,9 @@ class ModelConfig:
       attention_kernel: how memory layers attend to crossbatch contexts in training: "jnp", "pallas" (kernels for TPUs;
         elsewhere they are interpreted, which is slow) or "auto" (the kernels, on TPUs). Changes no result. Where no
         kernel can be used, on v2 and v3 and with `memory_gate`, it is "jnp".
+      attention_exchange: how crossbatch contexts that are rows of other devices come: "ring" (shard by shard, while the
+        one before is attended to; shards that no row sees are left out) or "gather" (all rows to every device, once a
+        layer, whatever d is). Changes no result.
       loss_block: positions of each row whose output logits exist at once in training; bounds memory, changes no result.
       unroll: layers unrolled in each iteration of the scan over layers; more compiles longer and may run faster.
     """
@@ -103,6 +107,7 @@ class ModelConfig:
     remat: str = "none"
     attention_block: int = 128
     attention_kernel: str = "auto"
+    attention_exchange: str = "ring"
     loss_block: int = 128
     unroll: int = 1
 
@@ -114,6 +119,7 @@ class ModelConfig:
         one_of(self, "compute_dtype", DTYPES)
         one_of(self, "remat", REMATS)
         one_of(self, "attention_kernel", ATTENTION_KERNELS)
+        one_of(self, "attention_exchange", ATTENTION_EXCHANGES)
         require(
             self.attention_kernel != "pallas" or not self.memory_gate,
             "attention_kernel=pallas has one softmax over local context and contexts, which memory_gate=True keeps "

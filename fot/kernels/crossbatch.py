@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from fot import attention
-from fot.attention import Tokens
+from fot import attention, ring
+from fot.attention import Partial, Tokens
 from fot.kernels import passes
 from fot.kernels.blocks import Blocks
 from fot.kernels.passes import Keys
 from fot.kernels.plan import Plan, make_plan
+from fot.ring import Trip
 
 
 class Joint(NamedTuple):
@@ -50,7 +51,15 @@ def blocks_of(length: int, block: int) -> tuple[int, int]:
     return (length, 1) if count == 1 else (min(-(-length // (count * unit)) * unit, block), count)
 
 
-def plan(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, length: int, block: int, shards: int = 1) -> Plan:
+def plan(
+    contexts_AC: np.ndarray,
+    negative_AC: np.ndarray,
+    rows: int,
+    length: int,
+    block: int,
+    shards: int = 1,
+    local: bool = True,
+) -> Plan:
     """Returns what `attend` needs to know of a row table.
 
     Args:
@@ -60,24 +69,42 @@ def plan(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, length: in
       length: of a row, in tokens.
       block: at most so many tokens of a row are dealt with at once; on a TPU a multiple of 128.
       shards: over which rows are split evenly; the leading axis of all arrays of the plan is to be split over them.
+      local: whether rows see their local context, too.
     """
-    return make_plan(contexts_AC, negative_AC, rows, blocks_of(length, block)[1], shards)
+    return make_plan(contexts_AC, negative_AC, rows, blocks_of(length, block)[1], shards, local)
 
 
 def attend(
     q_ATNH: jax.Array, near: Keys, far: Keys, queries: Tokens, tokens: Tokens, plan: Plan, block: int, interpret
 ) -> Joint:
+    """`attend_around` of one device, which has all rows; `plan` is of all contexts."""
+    return attend_around(q_ATNH, near, far, queries, tokens, (plan,), ring.Trip(1, (0,)), block, interpret)
+
+
+def attend_around(
+    q_ATNH: jax.Array,
+    near: Keys,
+    far: Keys,
+    queries: Tokens,
+    tokens: Tokens,
+    plans: tuple[Plan, ...],
+    trip: Trip,
+    block: int,
+    interpret,
+) -> Joint:
     """Attention of each row to itself, causal and within documents, and to the contexts that its table names.
 
-    Neither logits nor gathered contexts exist outside the kernels, forward or backward.
+    Neither logits nor gathered contexts exist outside the kernels, forward or backward. Sums over stops of the trip are
+    of kernels' results, which are of the inputs' dtype.
 
     Args:
       q_ATNH: queries, already scaled.
       near: local keys and values [A, T, G, H], as the row itself sees them; G divides N.
-      far: keys and values [B, T, G, H], as other rows see them.
+      far: keys and values [B, T, G, H] of the device's own rows, as other rows see them.
       queries: [A, T], tokens of the queries and of the local keys, in the order of the row.
       tokens: [B, T], tokens of the contexts.
-      plan: of the row table, for this length and block.
+      plans: of what the rows see at each stop, for this length and block; the first has their local context, too.
+      trip: where contexts are.
       block: as for `plan`.
       interpret: run without a TPU.
     """
@@ -96,33 +123,58 @@ def attend(
         return jnp.stack([documents, jnp.pad(tokens.positions, ((0, 0), (0, pad)))], axis=1)
 
     near, far = Keys(*map(heads_first, near)), Keys(*map(heads_first, far))
-    out, lse, local_lse = _attend(heads_first(q_ATNH), near, far, both(queries), both(tokens), plan, blocks)
+    out, lse, local_lse = _attend(heads_first(q_ATNH), near, far, both(queries), both(tokens), plans, trip, blocks)
     return Joint(
         out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T], jax.lax.stop_gradient(local_lse).swapaxes(1, 2)[:, :T]
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, near, far, queries, keys, plan, blocks):
+class _Held(NamedTuple):
+    """A shard's keys and values [B, G, T, H], and its tokens [B, 2, T]."""
+
+    far: Keys
+    tokens: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(q, near, far, queries, keys, plans, trip, blocks):
     """q [A, N, T, H], near [A, G, T, H], far [B, G, T, H], tokens [rows, 2, T]; gives out and both log-sum-exps."""
-    out, lse, near_lse = passes.forward(q, near, far, queries, keys, plan.queries, blocks)
-    return out, lse[:, :, 0], near_lse[:, :, 0]
+
+    def visit(before, held: _Held, stop: int):
+        done = passes.forward(q, near, held.far, queries, held.tokens, plans[stop].queries, blocks)
+        part, near_lse = Partial(done.out, done.lse[:, :, 0]), done.near_lse[:, :, 0]
+        return (part, near_lse) if stop == 0 else (attention.merge(before[0], part), before[1])
+
+    part, near_lse = ring.go(trip, None, _Held(far, keys), visit)
+    return part.out.astype(q.dtype), part.lse, near_lse
 
 
-def _attend_forward(q, near, far, queries, keys, plan, blocks):
-    out, lse, near_lse = checkpoint_name(_attend(q, near, far, queries, keys, plan, blocks), attention.OUTPUT)
-    return (out, lse, near_lse), (q, near, far, queries, keys, plan, out, lse)
+def _attend_forward(q, near, far, queries, keys, plans, trip, blocks):
+    out, lse, near_lse = checkpoint_name(_attend(q, near, far, queries, keys, plans, trip, blocks), attention.OUTPUT)
+    return (out, lse, near_lse), (q, near, far, queries, keys, plans, out, lse)
 
 
-def _attend_backward(blocks, saved, cotangents):
-    q, near, far, queries, keys, plan, out, lse = saved
+def _attend_backward(trip, blocks, saved, cotangents):
+    q, near, far, queries, keys, plans, out, lse = saved
     dout, dlse, _ = cotangents
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
     dout, sums = dout.astype(q.dtype), jnp.stack([attention.finite(lse), delta], axis=2)
-    dq = passes.query_gradients(q, near, far, queries, keys, dout, sums, plan.queries, blocks)
-    dnear = passes.key_gradients(q, near, queries, queries, dout, sums, plan.near, blocks)
-    dfar = passes.key_gradients(q, far, queries, keys, dout, sums, plan.far, blocks)
-    return dq, dnear, dfar, None, None, None
+    wide = _float32 if len(trip.offsets) > 1 else lambda tree: tree  # sums over stops
+
+    def visit(before, held: _Held, stop: int):
+        plan, rest = plans[stop], (dout, sums)
+        dq = wide(passes.query_gradients(q, near, held.far, queries, held.tokens, *rest, plan.queries, blocks))
+        dfar = wide(passes.key_gradients(q, held.far, queries, held.tokens, *rest, plan.far, blocks))
+        return dq if stop == 0 else before + dq, dfar
+
+    dq, dfar = ring.go_back(trip, None, _Held(far, keys), visit)
+    dnear = passes.key_gradients(q, near, queries, queries, dout, sums, plans[0].near, blocks)
+    dfar = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dfar, far)
+    return dq.astype(q.dtype), dnear, dfar, None, None, None
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -65,7 +65,9 @@ class Plan(NamedTuple):
     far: ByKey
 
 
-def make_plan(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, blocks: int, shards: int = 1) -> Plan:
+def make_plan(
+    contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, blocks: int, shards: int = 1, local: bool = True
+) -> Plan:
     """Returns the plan of a row table.
 
     Args:
@@ -75,18 +77,19 @@ def make_plan(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, block
       blocks: in a row.
       shards: over which the A rows are split evenly. Each has its own lists, padded to the same length, one after the
         other: the leading axis of everything in the plan is then to be split over them.
+      local: whether rows see their local context, too.
     """
     tables = zip(np.split(contexts_AC, shards), np.split(negative_AC, shards), strict=True)
-    plans = [_of_shard(contexts, negative, rows, blocks) for contexts, negative in tables]
+    plans = [_of_shard(contexts, negative, rows, blocks, local) for contexts, negative in tables]
     queries, near, far = (_joined([plan[kind] for plan in plans]) for kind in (0, 1, 2))
     return Plan(contexts_AC, negative_AC, ByQuery(*queries), ByKey(*near), ByKey(*far))
 
 
-def _of_shard(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, blocks: int):
+def _of_shard(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, blocks: int, local: bool):
     """Returns the lists of one shard: by query, by local key, by key of a context."""
     A = len(contexts_AC)
     row_L, here_L, past_L = (x.ravel() for x in np.broadcast_arrays(*np.ogrid[:A, :blocks, :blocks]))
-    local_L = past_L <= here_L
+    local_L = (past_L <= here_L) & local
     near = row_L * blocks + here_L, row_L * blocks + past_L, np.full(row_L.shape, NEAR)
     near = tuple(x[local_L] for x in near)
     row_S, column_S = np.nonzero(contexts_AC >= 0)
@@ -96,13 +99,14 @@ def _of_shard(contexts_AC: np.ndarray, negative_AC: np.ndarray, rows: int, block
         (contexts_AC[row_S, column_S][:, None] * blocks + j).ravel(),
         np.where(negative_AC[row_S, column_S], NEGATIVE, POSITIVE).repeat(blocks * blocks),
     )
-    return _by_query(near, far), _by_key(*near, A * blocks), _by_key(*far, rows * blocks)
+    return _by_query(near, far, A * blocks), _by_key(*near, A * blocks), _by_key(*far, rows * blocks)
 
 
-def _by_query(near: tuple[np.ndarray, ...], far: tuple[np.ndarray, ...]) -> ByQuery:
+def _by_query(near: tuple[np.ndarray, ...], far: tuple[np.ndarray, ...], count: int) -> ByQuery:
+    """Returns the steps of all `count` blocks of queries; one that sees nothing has a step that does nothing."""
     queries, keys, kinds = (np.concatenate(pair) for pair in zip(near, far, strict=True))
-    order = np.argsort(queries, kind="stable")
-    queries, keys, kinds = queries[order], keys[order], kinds[order]
+    blind = np.setdiff1d(np.arange(count), queries)
+    queries, keys, kinds = _sorted(0, (queries, keys, kinds), (blind, 0 * blind, 0 * blind + NOTHING))
     first, last = _ends(queries)
     joint = (kinds == NEAR) & (last | (np.append(kinds[1:], NOTHING) != NEAR))
     flags = kinds + FIRST * first + LAST * last + JOINT * joint
@@ -112,14 +116,16 @@ def _by_query(near: tuple[np.ndarray, ...], far: tuple[np.ndarray, ...]) -> ByQu
 def _by_key(queries: np.ndarray, keys: np.ndarray, kinds: np.ndarray, count: int) -> ByKey:
     """Returns the steps of all `count` blocks of keys; one that nothing reads has a step that does nothing."""
     unread = np.setdiff1d(np.arange(count), keys)
-    nothing = np.zeros(len(unread), int)
-    queries, keys, kinds = (
-        np.concatenate(pair) for pair in ((queries, nothing), (keys, unread), (kinds, nothing + NOTHING))
-    )
-    order = np.argsort(keys, kind="stable")
-    queries, keys, kinds = queries[order], keys[order], kinds[order]
+    queries, keys, kinds = _sorted(1, (queries, keys, kinds), (0 * unread, unread, 0 * unread + NOTHING))
     first, last = _ends(keys)
     return ByKey(*_int32(keys, _held(queries, kinds != NOTHING), kinds + FIRST * first + LAST * last))
+
+
+def _sorted(by: int, *lists: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """Joins lists of steps and sorts them by one of their arrays."""
+    joined = [np.concatenate(arrays) for arrays in zip(*lists, strict=True)]
+    order = np.argsort(joined[by], kind="stable")
+    return [array[order] for array in joined]
 
 
 def _ends(stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
