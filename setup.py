@@ -28,11 +28,14 @@ setup(
     extras_require={
         "convert": ["gguf>=0.19", "safetensors>=0.8"],
         "faiss": ["faiss-cpu>=1.8"],
+        "gcs": ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"],
         "huggingface": ["tokenizers>=0.23.3"],
         "seqio": ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10"],
         "test": [
             "faiss-cpu>=1.8",
+            "gcsfs>=2026.10.1",
             "gguf>=0.19",
+            "google-cloud-storage>=3.17.1",
             "hypothesis>=6.170",
             "ipykernel>=7.4",
             "msgpack>=1.2",

@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from fot import bucket
 from fot.config import ExperimentConfig, TrainConfig, differences, from_dict, to_dict
 from fot.errors import CheckpointError, ConfigError
 
@@ -251,9 +252,8 @@ def _unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
 
 
 def _path(directory: str | pathlib.PurePath) -> epath.Path:
-    """Returns the directory as a path; orbax wants absolute ones, buckets (gs://) are."""
-    path = epath.Path(directory)
-    return path if "://" in str(directory) else path.expanduser().absolute()
+    """Returns the directory as a path; orbax wants absolute ones, those in buckets are; raises UserError."""
+    return bucket.absolute(epath.Path(bucket.path(directory)).expanduser())
 
 
 def _open(directory: epath.Path, config: TrainConfig) -> ocp.CheckpointManager:
@@ -282,7 +282,8 @@ def _processes() -> ocp.options.MultiprocessingOptions:
 
 def _steps(directory: epath.Path) -> list[int]:
     """Returns the steps of the complete checkpoints on disk, ascending; without a directory there are none."""
-    return sorted(ocp.utils.checkpoint_steps(directory))
+    with bucket.errors(directory):
+        return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def _folder(directory: epath.Path, step: int | None) -> epath.Path:

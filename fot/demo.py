@@ -12,7 +12,7 @@ import pathlib
 
 import jax
 
-from fot import cli, files, sharding, train
+from fot import bucket, cli, files, sharding, train
 from fot.config import ExperimentConfig, to_dict
 from fot.data import corpus
 from fot.evaluate import perplexity
@@ -38,7 +38,7 @@ def plain(config: ExperimentConfig) -> ExperimentConfig:
 
 def main(config: ExperimentConfig, command: Flags) -> None:
     """Trains both models, evaluates them side by side, prints the tables and says where everything is."""
-    workdir = pathlib.Path(command.workdir)
+    workdir = bucket.folder("workdir", command.workdir)
     with files.hold(workdir), Termination() as termination:
         _compare(config, workdir, termination)
 

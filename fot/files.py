@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import glob
+import io
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TextIO
 
+from fot import bucket
 from fot.errors import UserError
 
 LOCK = "run.lock"
@@ -20,13 +22,18 @@ def write(path: pathlib.Path, fill: Callable[[BinaryIO], object], remedy: str) -
     """Creates or replaces the file `path` at once: a reader finds the old file or the new, whoever writes beside.
 
     Args:
-      path: the file; its folder is made if need be.
+      path: the file, of this machine or in a bucket; its folder is made if need be.
       fill: writes the content to the open binary file that it is given.
       remedy: what the user can do if the folder can't be written, for the error's message.
 
     Raises:
       UserError: the folder can't be written.
     """
+    if bucket.is_bucket(path):
+        content = io.BytesIO()
+        fill(content)
+        bucket.write(str(path), content.getvalue())
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as file:

@@ -3,8 +3,8 @@
   python -m fot.train --config=configs/code_tiny.py --workdir=runs/tiny
   python -m fot.train --config=configs/code_small.py --workdir=runs/small --config.model.memory_layers=1,2
 
-The workdir receives checkpoints, metrics.jsonl and tensorboard/. A run that was interrupted, killed even, goes on from
-its newest checkpoint, data position included, as if it had never stopped.
+The workdir, a folder or gs://bucket/folder, receives checkpoints, metrics.jsonl and tensorboard/. A run that was
+interrupted, killed even, goes on from its newest checkpoint, data position included, as if it had never stopped.
 
 Several processes train together where Slurm, GKE or a TPU pod has started them, or launch --backend=local, or one that
 sets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each. The first one logs.
@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fot import checkpoint, cli, distributed, files, model, optimizer, sharding, train_step, trained
+from fot import bucket, checkpoint, cli, distributed, model, optimizer, sharding, train_step, trained
 from fot.batch import Batch
 from fot.clock import Clock
 from fot.config import ExperimentConfig, TrainConfig
@@ -39,6 +38,7 @@ from fot.metrics import MetricsWriter, NoMetrics, Progress
 from fot.profiling import HANG_FILE, Span, Trace, Watch, span
 from fot.termination import Termination
 from fot.train_step import StepMetrics, TrainState
+from fot.workdir import Workdir, opened
 
 PREFETCH = 4  # batches that lie ready
 
@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 def train(
     config: ExperimentConfig,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     log: Callable[[str], None],
     termination: Termination | None = None,
     traced: Span | None = None,
@@ -98,7 +98,7 @@ def train(
 
     Args:
       config: the run.
-      workdir: receives checkpoints/, metrics.jsonl, tensorboard/, and tokenizer/ if the run trains its own.
+      workdir: receives checkpoints/, metrics.jsonl, tensorboard/, and tokenizer/ if the run trains its own; gs://… too.
       log: receives lines for the user.
       termination: has SIGTERM save the steps that are not saved yet; None leaves signals as they are.
       traced: steps of which profile/ receives a trace.
@@ -112,10 +112,9 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     sharding.check_mesh(mesh, config)
-    held = files.hold(workdir) if distributed.is_first() else contextlib.nullcontext()
-    with held, checkpoint.Checkpointer(workdir / "checkpoints", config.train) as checkpoints:
+    with opened(workdir, log) as place, checkpoint.Checkpointer(place.checkpoints, config.train) as checkpoints:
         if checkpoints.latest() is not None:
-            checkpoint.check_config(checkpoint.load_config(workdir / "checkpoints"), config)
+            checkpoint.check_config(checkpoint.load_config(place.checkpoints), config)
         tokenizer, documents = corpus.load(config, "train")
         log(f"{len(documents)} training documents, {documents.token_count:,} tokens")
         abstract = sharding.abstract(jax.eval_shape(lambda: train_step.init_state(config)), mesh)
@@ -126,11 +125,11 @@ def train(
         else:
             restored = checkpoints.restore(None, abstract)
             state, position = restored.state, run.restore_position(restored.data_position)
-            log(f"going on from the checkpoint of step {int(state.step)} in {workdir / 'checkpoints'}")
+            log(f"going on from the checkpoint of step {int(state.step)} in {place.checkpoints}")
         if distributed.is_first():
-            trained.keep_tokenizer(workdir, tokenizer)
+            trained.keep_tokenizer(place.local, tokenizer)
         with (
-            _reports(workdir, config, int(state.step), log, traced) as reports,
+            _reports(place, config, int(state.step), log, traced) as reports,
             Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as batches,
         ):
             return _loop(run, state, batches, checkpoints, reports, termination or Termination())
@@ -139,6 +138,7 @@ def train(
 class _Reports(NamedTuple):
     """Where a run tells of itself; metrics and progress of all processes but the first go nowhere."""
 
+    place: Workdir
     writer: MetricsWriter | NoMetrics
     progress: Progress
     log: Callable[[str], None]
@@ -148,18 +148,18 @@ class _Reports(NamedTuple):
 
 @contextlib.contextmanager
 def _reports(
-    workdir: pathlib.Path, config: ExperimentConfig, step: int, log: Callable[[str], None], traced: Span | None
+    place: Workdir, config: ExperimentConfig, step: int, log: Callable[[str], None], traced: Span | None
 ) -> Iterator[_Reports]:
     steps, number = config.train.steps, jax.process_index()
     with contextlib.ExitStack() as stack:
         if distributed.is_first():
-            writer, stream = stack.enter_context(MetricsWriter(workdir, step)), sys.stderr
+            writer, stream = stack.enter_context(MetricsWriter(place.local, step)), sys.stderr
         else:
             writer, stream = NoMetrics(), stack.enter_context(open(os.devnull, "w"))
         progress = stack.enter_context(Progress(steps, step, stream))
-        trace = stack.enter_context(Trace(traced, workdir))
-        watch = stack.enter_context(Watch(workdir / HANG_FILE.format(number), log))
-        yield _Reports(writer, progress, log, trace, watch)
+        trace = stack.enter_context(Trace(traced, place.local))
+        watch = stack.enter_context(Watch(place.local / HANG_FILE.format(number), log))
+        yield _Reports(place, writer, progress, log, trace, watch)
 
 
 def _first_state(config: ExperimentConfig, abstract: TrainState, log: Callable[[str], None]) -> TrainState:
@@ -168,7 +168,7 @@ def _first_state(config: ExperimentConfig, abstract: TrainState, log: Callable[[
     state = jax.jit(lambda: train_step.init_state(config), out_shardings=shardings)()
     if not config.train.init_from:
         return state
-    source = pathlib.Path(config.train.init_from) / "checkpoints"
+    source = bucket.path(config.train.init_from) / "checkpoints"
     with checkpoint.Checkpointer(source, config.train) as checkpoints:
         step = checkpoints.latest()
         params = checkpoints.restore_params(step, abstract.params)
@@ -195,12 +195,13 @@ def _loop(
 ) -> TrainState:
     """Trains to the end. SIGTERM may find the main thread anywhere but in `deferred`, and saves the variables here."""
     config, train, first = run.config, run.config.train, int(state.step)
-    writer, progress, log, trace, watch = reports
+    place, writer, progress, log, trace, watch = reports
     step, position = first, None
     steps: dict[int, Callable] = {}
 
     def save() -> None:
         writer.flush()
+        place.sync()  # before, so that a run that goes on from it finds its metrics
         checkpoints.save(step, state, run.data_position(position), config)
 
     def rescue() -> str:
@@ -213,6 +214,7 @@ def _loop(
                 save()
                 checkpoints.wait()
             writer.close()
+            place.close()
             distributed.part(step)
         except UserError as error:
             if (lost := distributed.lost(error)) is None:
@@ -312,7 +314,7 @@ class Flags:
     """Flags of the command.
 
     Attributes:
-      workdir: folder of the run: checkpoints, metrics.jsonl, tensorboard/; the same again resumes.
+      workdir: folder of the run, or gs://…: checkpoints, metrics.jsonl, tensorboard/; the same again resumes.
       profile: start:stop writes a trace of those steps to profile/ in the workdir, for XProf or TensorBoard.
     """
 
@@ -322,10 +324,8 @@ class Flags:
 
 def main(config: ExperimentConfig, command: Flags) -> None:
     """Runs the command line."""
-    if "://" in command.workdir:
-        raise UserError(f"--workdir={command.workdir} is a bucket, but runs write to folders: mount it, name a folder")
-    workdir, traced = pathlib.Path(command.workdir), span(command.profile)
     with distributed.joined(), Termination() as termination:
+        workdir, traced = bucket.path(command.workdir), span(command.profile)
 
         def log(line: str) -> None:
             if distributed.is_first():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from fot import checkpoint, files, model, sharding
+from fot import bucket, checkpoint, files, model, sharding
 from fot.config import ExperimentConfig, fields, to_dict
 from fot.data.tokenizer import Tokenizer
 from fot.errors import ConfigError
@@ -39,10 +39,10 @@ def load_config(workdir: str | pathlib.Path) -> ExperimentConfig:
     Raises:
       CheckpointError: there is none.
     """
-    config = checkpoint.load_config(pathlib.Path(workdir) / "checkpoints")
+    config = checkpoint.load_config(bucket.path(workdir) / "checkpoints")
     for path in (tokenizer_folder(workdir) / name for name in TOKENIZER_FILES):
         if path.is_file():
-            data = dataclasses.replace(config.data, tokenizer="file", tokenizer_file=str(path.absolute()))
+            data = dataclasses.replace(config.data, tokenizer="file", tokenizer_file=str(bucket.absolute(path)))
             return dataclasses.replace(config, data=data)
     return config
 
@@ -83,7 +83,7 @@ def keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 def tokenizer_folder(workdir: str | pathlib.Path) -> pathlib.Path:
     """Returns where a workdir has its tokenizer."""
-    return pathlib.Path(workdir) / "tokenizer"
+    return bucket.path(workdir) / "tokenizer"
 
 
 def load(workdir: str, config: ExperimentConfig) -> Trained:
@@ -95,7 +95,7 @@ def load(workdir: str, config: ExperimentConfig) -> Trained:
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     sharding.check_mesh(mesh, config)
-    with checkpoint.Checkpointer(pathlib.Path(workdir) / "checkpoints", config.train) as checkpoints:
+    with checkpoint.Checkpointer(bucket.path(workdir) / "checkpoints", config.train) as checkpoints:
         step = checkpoints.latest()
         params = checkpoints.restore_params(step, sharding.abstract_params(model.init, config.model, mesh))
     return Trained(step, params, mesh)

@@ -16,7 +16,7 @@ PYTHON = ".venv/bin/python"
 # The machines' own Python may be older than the source needs.
 SETUP = (
     "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.11 .venv && "
-    "python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'"
+    "python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu,gcs]'"
 )
 
 

@@ -12,8 +12,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Lowest first; a module may import from lower lines alone. A package is one module here.
 FLOORS = (
     ("errors",),
+    ("bucket",),
     ("config", "files"),
-    ("cli",),
+    ("cli", "lease"),
     ("distributed",),
     ("sharding", "attention", "batch", "flops", "lean", "metrics", "profiling", "termination"),
     ("memory", "crossbatch", "layers"),
@@ -22,7 +23,7 @@ FLOORS = (
     ("readers", "joint"),
     ("cache",),
     ("model",),
-    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "sampling", "incremental"),
+    ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "sampling", "incremental", "workdir"),
     ("session", "trained"),
     ("generate",),
     ("evaluate", "convert", "train_step"),
@@ -36,6 +37,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OWNERS = {
     "flax": {"layers"},
     "orbax": {"checkpoint"},
+    "google": {"bucket"},
+    "fsspec": {"bucket"},
     "tensorflow": {"data"},
     "seqio": {"data"},
     "faiss": {"readers"},
@@ -44,7 +47,7 @@ OWNERS = {
     "gguf": {"convert"},
 }
 # Slow to import: only inside the functions that need them.
-LAZY = ("tensorboardX", "tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss", "gguf")
+LAZY = ("tensorboardX", "tensorflow", "seqio", "torch", "transformers", "matplotlib", "faiss", "gguf", "google")
 
 
 class Import(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 from fot import sharding, train, train_step, trained
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig
-from fot.errors import CheckpointError, ConfigError, TrainingError, UserError
+from fot.errors import CheckpointError, ConfigError, TrainingError
 from fot.metrics import read_metrics
 from fot.profiling import Span
 
@@ -240,10 +240,3 @@ def test_a_run_can_begin_with_the_parameters_of_another(config, tmp_path):
         train.train(replace(begun, model=dict(layers=3)), tmp_path / "third", print)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train.train(replace(begun, train=dict(init_from=str(tmp_path / "none"))), tmp_path / "fourth", print)
-
-
-def test_a_bucket_is_refused_and_not_taken_for_a_folder(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="gs://bucket/run is a bucket") as error:
-        train.main(config, train.Flags(workdir="gs://bucket/run"))
-    assert "\n" not in str(error.value) and not (tmp_path / "gs:").exists()

@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import pathlib
 
-from fot import cli
+from fot import bucket, cli
 from fot import config as config_lib
 from fot.config import ExperimentConfig, ModelConfig
 from fot.convert import easylm, export, gguf_file, hf_config, huggingface, workdir
@@ -94,7 +94,7 @@ def opened(flags: Flags) -> Source:
       UserError: it can't be read, or a flag has a wrong value.
     """
     _check(flags)
-    path = pathlib.Path(flags.source).expanduser()
+    path = (bucket.path if flags.from_ == "fot" else pathlib.Path)(flags.source).expanduser()
     if flags.from_ == "hf":
         return huggingface.open_source(path, flags.context)
     if flags.from_ == "easylm":
@@ -161,7 +161,7 @@ def _check(flags: Flags) -> None:
         raise ConfigError(f"--dtype={flags.dtype}: a workdir holds float32; set --config.model.compute_dtype=bfloat16")
     if flags.model_config and flags.from_ != "easylm":
         raise ConfigError("--model_config is for --from=easylm: the other sources say the model's shape themselves")
-    if pathlib.Path(flags.target).expanduser().exists():
+    if bucket.folder("target", flags.target).expanduser().exists():
         raise ConversionError(f"--target={flags.target} exists: {workdir.REMEDY}, or delete it")
 
 

@@ -9,7 +9,7 @@ import pathlib
 
 import jax
 
-from fot import checkpoint, files, model, sharding, trained
+from fot import bucket, checkpoint, files, model, sharding, trained
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
 from fot.convert import source, weights
 from fot.convert.hf_config import BOS, EOS, Origin
@@ -78,7 +78,7 @@ def _params(path: pathlib.Path, config: ExperimentConfig) -> model.Params:
 
 def _origin(path: pathlib.Path, config: ExperimentConfig) -> Origin:
     """Returns the origin of the workdir, of the one that its run began with, or of none."""
-    for folder in (path, pathlib.Path(config.train.init_from or path)):
+    for folder in (path, bucket.path(config.train.init_from or path)):
         if (folder / ORIGIN).is_file():
             values = source.read_json(folder / ORIGIN)
             try:
@@ -98,7 +98,7 @@ def _token_ids(config: ExperimentConfig) -> dict[str, int]:
 
 def _tokenizer(config: ExperimentConfig) -> dict[str, bytes]:
     """Returns the run's tokenizer file, and what lies beside it if it is in the folder of an imported one."""
-    path = pathlib.Path(config.data.tokenizer_file).expanduser()
+    path = bucket.path(config.data.tokenizer_file).expanduser()
     if config.data.tokenizer != "file" or not path.is_file():
         return {}
     if path.name in source.TOKENIZER_FILES:

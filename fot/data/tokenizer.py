@@ -4,13 +4,13 @@ import hashlib
 import heapq
 import io
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fot import bucket
 from fot.config import DataConfig, ModelConfig
 from fot.data import cache, tasks
 from fot.errors import DataError
@@ -110,12 +110,14 @@ def file_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
       DataError: the file can't be read, is neither a SentencePiece model nor a Hugging Face tokenizer.json, or has no
         bos or eos.
     """
-    path = pathlib.Path(data.tokenizer_file).expanduser()
+    path = bucket.path(data.tokenizer_file).expanduser()
     read = _huggingface if path.suffix == ".json" else _sentencepiece
     try:
         return read(path.read_bytes(), f"data.tokenizer_file={path}")
     except OSError as error:
-        raise DataError(f"can't read data.tokenizer_file={path} ({error.strerror}): name a readable file") from None
+        raise DataError(
+            f"can't read data.tokenizer_file={path} ({error.strerror or 'it is not there'}): name a readable file"
+        ) from None
 
 
 def trained_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:

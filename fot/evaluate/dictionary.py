@@ -11,7 +11,6 @@ and writes dictionary.json and dictionary.png.
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,8 +20,8 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from fot import bucket, loading, model, objective, sharding
 from fot import config as config_lib
-from fot import loading, model, objective, sharding
 from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.batch import Batch
@@ -234,7 +233,7 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
         lengths = sizes.parse(flags.memory, "memory")
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, memory=lengths))
     _check_task(config, flags.workdir)
-    output = pathlib.Path(flags.output or flags.workdir)
+    output = bucket.path(flags.output or flags.workdir)
     curves, about = (), {"workdir": flags.workdir, "config": config_lib.to_dict(config)}
     if flags.plain:
         curves, about["plain"] = (_plain(config, flags),), flags.plain

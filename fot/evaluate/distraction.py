@@ -14,7 +14,6 @@ config, but for the groups evaluate and mesh. Prints tables, and writes distract
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fot import bucket, model, sharding
 from fot import config as config_lib
-from fot import model, sharding
 from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.batch import Batch
@@ -294,7 +293,7 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
         print(f"{label}: step {trained.step}, {report.summary(results[label])} ({flags.split})", flush=True)
     if len(set(keys.values())) > 1:
         print("note: these models read other documents, or contexts of other lengths, than each other")
-    output = pathlib.Path(flags.output or flags.workdir)
+    output = bucket.path(flags.output or flags.workdir)
     path = report.save(results, about, flags.split, output)
     report.plot(results, output / report.PLOT_FILE)
     print(f"\n{report.table(results)}\n\n{report.head_table(results)}\n")

@@ -12,7 +12,6 @@ passkey.png.
 import dataclasses
 import functools
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +20,8 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from fot import bucket, generate, incremental, model
 from fot import config as config_lib
-from fot import generate, incremental, model
 from fot import trained as trained_model
 from fot.config import EvaluateConfig, ExperimentConfig
 from fot.data import corpus as corpora
@@ -143,7 +142,7 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     config = dataclasses.replace(config, evaluate=_settings(config.evaluate, flags))
     tokenizer = corpora.load_tokenizer(config)
     passkey.check_length(tokenizer, config.passkey.digits, config.evaluate.lengths[0])
-    output = pathlib.Path(flags.output or flags.workdir)
+    output = bucket.path(flags.output or flags.workdir)
     trained = trained_model.load(flags.workdir, config)
     print(f"{flags.workdir}: step {trained.step}, reader {config.generate.reader}", flush=True)
     cells = evaluate(trained.params, config, tokenizer, trained.mesh, tqdm.tqdm.write)

@@ -10,7 +10,6 @@ window in a memory of fixed length. The config is the one stored with the newest
 
 import dataclasses
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fot import bucket, loading, model, objective, sharding
 from fot import config as config_lib
-from fot import loading, model, objective, sharding
 from fot import memory as memories
 from fot import trained as trained_model
 from fot.attention import Tokens
@@ -308,8 +307,8 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
     if generated:
         [task] = generated
         raise UserError(f"documents of data.task={task} have no end: run python -m fot.evaluate {task} instead")
-    workdir = pathlib.Path(flags.workdir)
-    output = pathlib.Path(flags.output or flags.workdir)
+    workdir = bucket.path(flags.workdir)
+    output = bucket.path(flags.output or flags.workdir)
     trained = trained_model.load(flags.workdir, config)
     corpus = corpora.load(config, flags.split).corpus
     print(

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from fot import files
+from fot import bucket, files
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def drawing(path: str | pathlib.Path, width: float, height: float, remedy: str) 
     yield figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    files.write(pathlib.Path(path), lambda file: file.write(buffer.getvalue()), remedy)
+    files.write(bucket.path(path), lambda file: file.write(buffer.getvalue()), remedy)
 
 
 def tidy(axes: Any, legend: str = "best") -> None:

@@ -16,7 +16,6 @@ result as text, and writes retrieval.html, a page that needs nothing else.
 import dataclasses
 import difflib
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot import attention, loading, model, objective, sharding
+from fot import attention, bucket, loading, model, objective, sharding
 from fot import trained as trained_model
 from fot.attention import Tokens
 from fot.batch import Batch
@@ -296,5 +295,5 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
         queries=queries,
         surroundings=config.evaluate.surroundings,
     )
-    path = report.save(page, tokenizer, pathlib.Path(flags.output or flags.workdir))
+    path = report.save(page, tokenizer, bucket.path(flags.output or flags.workdir))
     print(f"{report.as_text(page, tokenizer)}\n\nwritten to {path}")
