@@ -82,6 +82,16 @@ class Group:
         """The numbers that the system has given them."""
         return [process.pid for process in self._processes]
 
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit codes, as a shell tells them; None of those that run."""
+        codes = [process.poll() for process in self._processes]
+        return [code if code is None or code >= 0 else 128 - code for code in codes]
+
+    def terminate(self) -> None:
+        """Asks those that still run to end, and does not wait."""
+        self._send(signal.SIGTERM)
+
     def first_failure(self, settle: float) -> tuple[int, int] | None:
         """Waits until one ends with another exit code than 0; returns its number and that code, None if all end well.
 

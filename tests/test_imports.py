@@ -128,11 +128,12 @@ def test_configs_and_launch_import_little_of_fot(folder):
 
 # Lowest first; a file of launch/ may import from lower lines alone.
 LAUNCH_FLOORS = (
-    ("job", "shell", "signals"),
-    ("group", "record", "queued"),
-    ("machines",),
-    ("gke", "tpu_vm", "slurm", "local"),
-    ("pod",),
+    ("job", "shell", "signals", "space", "claims"),
+    ("group", "record", "queued", "points"),
+    ("machines", "storage"),
+    ("gke", "tpu_vm", "slurm", "local", "trials"),
+    ("pod", "worker", "sweep_report"),
+    ("sweep",),
 )
 LAUNCH_FLOOR = {name: number for number, names in enumerate(LAUNCH_FLOORS) for name in names}
 
