@@ -205,10 +205,12 @@ def _check_shape(space: Any) -> None:
         lengths = {name: len(values) for name, values in space.fields.items()}
         require(len(set(lengths.values())) == 1, f"Zip: fields have different numbers of values, {lengths}")
     if isinstance(space, Random | Adaptive):
-        require(space.trials > 0, f"{kind}: trials={space.trials} must be 1 or more")
+        _check_count(kind, "trials", space.trials, 1)
         sizes = [_size(range_) for range_ in space.fields.values()]
         most = math.prod(sizes)
         require(space.trials <= most, f"{kind}: trials={space.trials} are more than the space's {most} points")
+    if isinstance(space, Adaptive):
+        _check_count(kind, "random_trials", space.random_trials, 0)
 
 
 def _check_values(name: str, values: Any) -> None:
@@ -221,9 +223,19 @@ def _check_range(name: str, range_: Any) -> None:
     if isinstance(range_, Choice):
         _check_values(name, range_.values)
         return
+    kind = int if isinstance(range_, Integer) else int | float
+    numbers = (range_.low, range_.high, *((range_.step,) if isinstance(range_, Integer) else ()))
+    ok = all(isinstance(number, kind) and math.isfinite(number) for number in numbers)
+    require(ok, f"{name}={range_!r} must have finite numbers, those of Integer whole")
     require(range_.low < range_.high, f"{name}={range_!r}: low must be below high")
     require(not isinstance(range_, LogReal) or range_.low > 0, f"{name}={range_!r}: low must be above 0")
     require(not isinstance(range_, Integer) or range_.step > 0, f"{name}={range_!r}: step must be 1 or more")
+
+
+def _check_count(kind: str, name: str, count: Any, least: int) -> None:
+    require(
+        isinstance(count, int) and count >= least, f"{kind}: {name}={count!r} must be a whole number, {least} or more"
+    )
 
 
 def _size(range_: Range) -> float:

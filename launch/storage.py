@@ -13,7 +13,7 @@ from launch.space import Choice, Halving, Integer, LogReal, Median, Range
 
 JOURNAL = "trials.journal"
 DRIVER = "postgresql+psycopg://"
-INSTALL = "a sweep needs Optuna: pip install fot[sweep]"
+INSTALL = "a sweep needs {}: pip install fot[sweep]"
 
 
 def library() -> Any:
@@ -21,7 +21,7 @@ def library() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError(INSTALL) from None
+        raise UserError(INSTALL.format("Optuna")) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -81,10 +81,14 @@ def server(url: str) -> str:
     """Returns a storage's URL as PostgreSQL's own programs take it.
 
     Raises:
-      UserError: it is none of PostgreSQL.
+      UserError: it is none of PostgreSQL, or the driver isn't installed.
     """
     if not url.startswith(DRIVER):
         raise UserError(f"--storage must read {DRIVER}user:password@host/database, or be left out for a file")
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        raise UserError(INSTALL.format("psycopg for --storage")) from None
     return url.replace(DRIVER, "postgresql://", 1)
 
 

@@ -1,5 +1,6 @@
 """Running the trials of a sweep, some at a time, each as a job of `launch.pod`."""
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -12,13 +13,14 @@ from fot import files
 from fot.errors import UserError
 from launch import points, signals
 from launch.group import Command, Group
-from launch.job import GRACE
+from launch.job import GRACE, RESTARTS
 from launch.space import Sweep
 from launch.trials import Trial, Trials, read_curve
 
 POLL = 0.2  # seconds between two looks at what runs
 PAUSE = 1.0  # seconds between two looks for trials that others may have left, and at the claims
 PATIENCE = GRACE + 15  # seconds that a job has to stop: its own, and some for its launcher
+KILLS = 3  # times that a trial goes on after its launcher was killed
 LOG, METRICS = "trial.log", "metrics.jsonl"
 
 
@@ -69,6 +71,7 @@ class Worker:
 
     def __init__(self, made: Plan, trials: Trials):
         self._plan, self._trials, self._running = made, trials, list[_Running]()
+        self._kills = collections.Counter[str]()
 
     def until_it_ends(self) -> int:
         """Returns the exit code; whatever ends it, no job of its own runs then."""
@@ -123,6 +126,10 @@ class Worker:
         last = curve[max(curve)] if curve else None
         if code is None:
             self._finish(running.trial, "PRUNED", last, "")
+        elif code in RESTARTS and self._kills[running.trial.id] < KILLS:
+            self._kills[running.trial.id] += 1
+            self._trials.release(running.trial)
+            _say(running.trial, f"ended with {code}, goes on")
         elif code:
             log = self._plan.folder(running.trial.id) / LOG
             self._finish(running.trial, "FAIL", None, f"exit code {code}, see {log}")

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+import psutil
 import pytest
 
 from fot import files
@@ -72,6 +73,22 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):
     log = re.search(r"failed: exit code 1, see (.*/trial.log)\n", shown).group(1)
     assert "it fails" in pathlib.Path(log).read_text()
     assert [trial.state for trial in trials(tmp_path / "run")].count("FAIL") == 1
+
+
+def test_a_trial_whose_launcher_is_killed_goes_on(tmp_path):
+    given = words(tmp_path, sweep_file(tmp_path, GRID))
+    with started(given, 0.1) as process:
+        while not list((tmp_path / "run" / "trials").glob("*/metrics.jsonl")):
+            time.sleep(0.02)
+        [launcher] = psutil.Process(process.pid).children()
+        launcher.kill()
+        shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors == "", errors
+    assert shown.count("ended with 137, goes on") == shown.count("started, again") == 1
+    assert "4 trials: 4 complete, 0 pruned, 0 failed" in shown
+    for trial in trials(tmp_path / "run"):
+        assert steps(tmp_path / "run" / "trials" / trial.id) == [1, 2, 3, 4, 5]
+    assert completed(tmp_path / "run") == {trial.id: 1 for trial in trials(tmp_path / "run")}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -194,6 +211,10 @@ def test_metrics_that_grow_are_read_to_the_last_whole_line(tmp_path):
         (GRID, ["--paralel=2"], "unknown flag --paralel"),
         (GRID, ["--storage=mysql://x"], "--storage must read postgresql+psycopg://user:password@host/database"),
         (GRID, ["--backend=slurm"], "--backend=slurm: trials run on local so far"),
+        ("Random({'train.seed': Real('a', 'b')}, 2)", [], "train.seed=Real(low='a', high='b') must have"),
+        ("Random({'optimizer.learning_rate': LogReal(1e-4, 1e999)}, 2)", [], "must have finite numbers"),
+        ("Random({'train.seed': Integer(0, 9)}, 2.5)", [], "Random: trials=2.5 must be a whole number, 1 or more"),
+        ("Adaptive({'train.seed': Integer(0, 9)}, 2, -1)", [], "random_trials=-1 must be a whole number, 0 or more"),
         (GRID, ["--name=a"], "--name=a is each trial's own"),
         (GRID, ["--devices=3"], "--config.mesh.*: "),
         ("Grid({'data.batch_size': (128, 12)})", [], "trial --config.data.batch_size=12: crossbatch.d=(1, 64)"),
@@ -214,6 +235,15 @@ def test_without_optuna_one_line_says_what_to_install(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         sweep.main(words(tmp_path, sweep_file(tmp_path, GRID)))
     assert end.value.code == 2 and capsys.readouterr().err == "error: a sweep needs Optuna: pip install fot[sweep]\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_driver_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(SystemExit) as end:
+        sweep.main(words(tmp_path, sweep_file(tmp_path, GRID), "--storage=postgresql+psycopg://a@b/c"))
+    assert end.value.code == 2 and "needs psycopg for --storage: pip install fot[sweep]" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
