@@ -29,7 +29,7 @@ from fot import config as config_lib  # noqa: E402
 from fot import model  # noqa: E402
 from fot.checkpoint import Checkpointer  # noqa: E402
 
-LONGEST = ("test_notebooks.py", "test_lossless.py", "test_train.py", "test_train_step.py", "test_benchmarks.py")
+LONGEST = ("test_train_step.py", "test_lossless.py", "test_export_parity.py", "test_train.py", "test_notebooks.py")
 LONGEST += ("test_bucket_training.py",)
 
 

@@ -61,16 +61,19 @@ def numbers(line):
     return [value for group in values for value in group if isinstance(value, int | float)]
 
 
+@pytest.mark.slow
 def test_every_line_is_a_case_or_a_bar(lines, cases, bars):
     assert [line.get("case") for line in lines[: len(cases)]] == list(KEYS)
     assert lines[len(cases) :] == bars
 
 
+@pytest.mark.slow
 def test_cases_have_their_keys(cases):
     for name, keys in KEYS.items():
         assert set(cases[name]) == SHARED | keys
 
 
+@pytest.mark.slow
 def test_measurements_are_finite(cases):
     for line in cases.values():
         assert all(map(math.isfinite, numbers(line)))
@@ -79,6 +82,7 @@ def test_measurements_are_finite(cases):
         assert cases[name]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_bars_have_values_and_do_not_count_at_the_quick_size(bars):
     assert len(bars) == 8
     for bar in bars:
@@ -87,6 +91,7 @@ def test_bars_have_values_and_do_not_count_at_the_quick_size(bars):
         assert bar["must_be"] in ("at most", "at least") and bar["met"] is None
 
 
+@pytest.mark.slow
 def test_bars_are_judged_at_the_full_size(cases):
     full = {name: dict(line, size="full") for name, line in cases.items()}
     for bar in benchmark.bars(full):
@@ -94,6 +99,7 @@ def test_bars_are_judged_at_the_full_size(cases):
         assert bar["met"] is met[bar["must_be"]]
 
 
+@pytest.mark.slow
 def test_ours_computes_the_plain_formula_and_the_baseline_does_not(cases):
     ours, plain, local = (cases[f"attention_{name}"] for name in ("ours", "plain", "local"))
     assert ours["value"] == pytest.approx(plain["value"], rel=1e-3, abs=1e-2)
@@ -101,6 +107,7 @@ def test_ours_computes_the_plain_formula_and_the_baseline_does_not(cases):
     assert local["gradient_norms"] != pytest.approx(plain["gradient_norms"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_contexts_cost_flops(cases):
     flops = [cases[f"train_{n}"]["model_flops"] for n in (0, 2, 7)]
     assert flops == sorted(set(flops))

@@ -95,7 +95,7 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, length)).integers(3, 48, length).astype(np.int32)
 
 
-@pytest.mark.parametrize("last", [1, 7, WINDOW])
+@pytest.mark.parametrize("last", [1, pytest.param(7, marks=pytest.mark.slow), WINDOW])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_of_prompts_of_any_length(name, last, torch_models):
     for windows in WINDOWS:

@@ -70,6 +70,7 @@ def test_exact_searches_agree_and_the_approximate_one_has_its_recall(lines):
     assert flat > 0.999 and knn == 1 and approximate > 0.9
 
 
+@pytest.mark.slow
 def test_keys_of_a_trained_model(tmp_path, capsys):
     (tmp_path / "documents").mkdir()
     for i in range(40):

@@ -68,6 +68,7 @@ def test_freed_arrays_return_to_the_system():
     assert returned < 20_000 < 150_000 < kept  # kB, of 200 MB
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes")
 def test_more_layers_take_no_more_memory_to_compile():
     few, many = (measured(GENERATES, layers) for layers in ("3", "18"))

@@ -228,6 +228,7 @@ class _Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_at_every_step_cannot_be_told_from_a_whole_one(place, tmp_path, monkeypatch):
     flags = [*place.flags("whole"), "--config.train.steps=4"]
     flags += ["--config.train.evaluate_every=2", "--config.train.checkpoint_every=2"]

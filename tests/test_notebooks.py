@@ -24,7 +24,12 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def runs(path: pathlib.Path):
+    """The notebook as a parameter; the one that trains five models for minutes is slow."""
+    return pytest.param(path, id=path.name, marks=pytest.mark.slow if path.name == "02_memory.ipynb" else ())
+
+
+@pytest.mark.parametrize("path", [*map(runs, NOTEBOOKS)])
 @pytest.mark.filterwarnings("default")  # Jupyter's own; those of a notebook's code don't come here
 def test_notebook_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

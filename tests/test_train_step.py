@@ -77,8 +77,8 @@ def loss_and_gradients(config: ExperimentConfig):
 
 
 def _marked(mesh: tuple[int, ...]):
-    """Every fifth mesh, each with another case; all the others take minutes."""
-    marks = [] if MESHES.index(mesh) % 5 == 0 else [pytest.mark.slow]
+    """Every tenth mesh, each with another case; all the others take minutes."""
+    marks = [] if MESHES.index(mesh) % 10 == 0 else [pytest.mark.slow]
     return pytest.param(mesh, id="x".join(map(str, mesh)), marks=marks)
 
 
@@ -110,11 +110,13 @@ def test_no_more_is_sent_for_more_contexts_that_are_of_the_device():
     assert sent(4, 1) == sent(4, 2) == sent(1, 1)
 
 
+@pytest.mark.slow
 def test_all_rows_are_gathered_at_the_same_cost_for_any_d():
     whole = sent(1, 2, "gather")
     assert whole == sent(1, 8, "gather") and sum(whole.values()) > sum(sent(4, 2).values())
 
 
+@pytest.mark.slow
 def test_around_the_ring_only_permutes_grow_and_by_the_same_for_each_hop():
     """A device has 2 documents: d = 2, 4 and 6 are 1, 2 and 3 hops."""
     none, *hops = (sent(1, d) for d in (1, 2, 4, 6))
