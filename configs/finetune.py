@@ -13,9 +13,10 @@ was stored with. A model as small as SmolLM2-135M trains on a CPU with `--config
 import ml_collections
 
 from configs import base
+from fot.config import INDIFFERENT
 
 # Fields of the model that the stored weights leave open; all others come with the checkpoint.
-OPEN = ("compute_dtype", "remat", "attention_block", "attention_kernel", "attention_exchange", "loss_block", "unroll")
+OPEN = ("compute_dtype", *INDIFFERENT)
 FROM_CHECKPOINT = ("context", "tokenizer", "tokenizer_file")
 
 

@@ -43,9 +43,11 @@ def path(name: str | os.PathLike) -> pathlib.Path:
     """Returns a path of this machine, or one in a bucket that has the same methods.
 
     Raises:
-      UserError: the bucket can't be reached; it is asked once.
+      UserError: the bucket can't be reached, it is asked once; or the path is of another scheme.
     """
     if not is_bucket(name):
+        if "://" in os.fspath(name):
+            raise UserError(f"{name} is of no storage that is known here: name a folder, or {SCHEME}bucket/folder")
         return pathlib.Path(name)
     with errors(name):
         from etils import epath

@@ -161,18 +161,27 @@ def load_file(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         names = sorted(str(found) for found in pathlib.Path(path).parent.glob("*.py"))
         raise ConfigError(f"config file {path!r} does not exist{nearest(path, names)}")
-    try:
-        scope = runpy.run_path(path)
-        if "get_config" not in scope:
-            raise ConfigError(f"config file {path!r} has no function get_config()")
-        values = scope["get_config"]()
-    except UserError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"config file {path!r}{_line_in(path, error)}: {_reason(error)}") from error
+    values = run_file("config", path, "get_config")
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(f"config file {path!r}: get_config() must return a ConfigDict, not {type(values).__name__}")
     return values.to_dict()
+
+
+def run_file(kind: str, path: str, function: str) -> Any:
+    """Returns what a function without arguments of a Python file gives.
+
+    Raises:
+      ConfigError: one line with the kind of the file and where it fails, if it can't be run or has no such function.
+    """
+    try:
+        scope = runpy.run_path(path)
+        if function not in scope:
+            raise ConfigError(f"{kind} file {path!r} has no function {function}()")
+        return scope[function]()
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{kind} file {path!r}{_line_in(path, error)}: {_reason(error)}") from error
 
 
 def override(values: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:

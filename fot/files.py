@@ -100,13 +100,23 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def lock(file: TextIO) -> None:
+    """Locks the open file, until it is closed or the process ends, and writes into it by whom.
+
+    Raises:
+      BlockingIOError: it is locked.
+      OSError: it can't be.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+    file.flush()
+
+
 def _lock(file: TextIO, folder: pathlib.Path) -> None:
-    """Locks the open file and writes into it by whom."""
+    """Locks the file of a folder; raises UserError."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
-        file.flush()
+        lock(file)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"

@@ -13,21 +13,13 @@ from jax.experimental import multihost_utils
 
 from fot import config as config_lib
 from fot import files
-from fot.config import ModelConfig
+from fot.config import INDIFFERENT, ModelConfig
 from fot.errors import UserError
 from fot.memory import Memory
 
 ABOUT = "memory.json"
 ARRAYS = ("keys", "values", "documents", "written")  # the fields of a memory that are stored, each in a file
 _REMEDY = "free disk space or choose another folder"
-_INDIFFERENT = (
-    "remat",
-    "attention_block",
-    "attention_kernel",
-    "attention_exchange",
-    "loss_block",
-    "unroll",
-)  # fields that change no result
 
 
 class Owner(NamedTuple):
@@ -156,7 +148,7 @@ def _check_owner(folder: pathlib.Path, about: dict[str, Any], owner: Owner) -> N
     different = [
         f"model.{name}: {then.get(name, 'missing')!r} there, {value!r} here"
         for name, value in now.items()
-        if name not in _INDIFFERENT and (name not in then or then[name] != value)
+        if name not in INDIFFERENT and (name not in then or then[name] != value)
     ]
     if different:
         raise UserError(f"the memory in {folder} belongs to another model ({'; '.join(different)}): fill one with this")

@@ -1,15 +1,13 @@
 """Who runs a trial: locks that end with the process that holds them, however it ends."""
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import pathlib
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol, TextIO, final
 
+from fot import files
 from fot.errors import UserError
 
 POLL = 0.05  # seconds between two attempts at a lock that is waited for
@@ -59,10 +57,7 @@ class FolderClaims:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = open(self._folder / name, "a+", encoding="utf-8")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
-                file.flush()
+                files.lock(file)
             except BaseException:
                 file.close()
                 raise

@@ -104,9 +104,8 @@ class Group:
             except queue.Empty:
                 number = next(n for n, process in enumerate(self._processes) if process.poll() is None)
                 return number, 128 + signal.SIGKILL
-            code = self._processes[number].returncode
-            if code:
-                return number, code if code > 0 else 128 - code  # as a shell tells the signal
+            if code := self.codes[number]:
+                return number, code
             deadline = deadline or time.monotonic() + settle
         return None
 

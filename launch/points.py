@@ -4,16 +4,16 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
-import runpy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fot import cli
 from fot import config as config_lib
 from fot.config.checks import nearest, require
-from fot.errors import ConfigError, UserError
+from fot.errors import ConfigError
 from launch.space import Adaptive, Choice, Grid, Halving, Integer, LogReal, Median, Product, Random, Range, Sweep, Zip
 
 GOALS = ("minimize", "maximize")
@@ -32,17 +32,9 @@ def load(path: str) -> Sweep:
     Raises:
       ConfigError: one line, if the file is missing, can't be run, or gives no Sweep.
     """
-    try:
-        scope = runpy.run_path(path)
-        if "get_sweep" not in scope:
-            raise ConfigError(f"sweep file {path!r} has no function get_sweep()")
-        found = scope["get_sweep"]()
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise ConfigError(f"sweep file {path!r} does not exist: those that come along are in configs/sweeps") from None
-    except Exception as error:
-        raise ConfigError(f"sweep file {path!r}: {type(error).__name__}: {error}") from error
+    if not os.path.isfile(path):
+        raise ConfigError(f"sweep file {path!r} does not exist: those that come along are in configs/sweeps")
+    found = cli.run_file("sweep", path, "get_sweep")
     if not isinstance(found, Sweep):
         raise ConfigError(
             f"sweep file {path!r}: get_sweep() must return launch.space.Sweep, not {type(found).__name__}"

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import random
 import signal
 import socket
 import subprocess
@@ -16,11 +15,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from fot import checkpoint, cli, files, generate, metrics, train, train_step, trained
-from fot.clock import Speed
 from fot.convert import __main__ as conversion
 from fot.errors import CheckpointError, UserError
 from fot.evaluate import perplexity
 from tests import fake_gcs
+from tests.trainings import CACHED, timeless, write_documents
 
 ROOT = pathlib.Path(__file__).parent.parent
 BUCKET, SAVE_EVERY, STEPS = "runs", 3, 12
@@ -60,8 +59,7 @@ class Place(NamedTuple):
         """Starts a training; its output is that of the process."""
         command = [sys.executable, "-m", "fot.train", *self.flags(workdir, *more)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-        shared = {**os.environ, **cached, "JAX_PLATFORMS": "cpu"}
+        shared = {**os.environ, **CACHED, "JAX_PLATFORMS": "cpu"}
         return subprocess.Popen(command, cwd=ROOT, env={**shared, **environment}, **pipes)
 
     def train(self, workdir: str | pathlib.Path, *more: str) -> list[str]:
@@ -79,20 +77,14 @@ class Place(NamedTuple):
         if not path.exists():
             path = self.folder / "metrics.jsonl"
             path.write_bytes(self.server.objects[BUCKET, f"{run}/{metrics.FILE}"].content)
-        lines = metrics.read_metrics(path)
-        return [{name: value for name, value in line.items() if name not in Speed._fields} for line in lines]
+        return timeless(path)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Documents, a config, and a server; the processes here have one device, as those that are started."""
     folder = tmp_path_factory.mktemp("bucket")
-    (folder / "documents").mkdir()
-    draw = random.Random(0)
-    for number in range(12):
-        words = draw.choices(["alpha ", "beta ", "gamma ", "delta\n"], k=draw.randint(20, 60))
-        (folder / "documents" / f"{number}.txt").write_text("".join(words))
-    documents, cache = str(folder / "documents" / "*.txt"), str(folder / "cache")
+    documents, cache = write_documents(folder / "documents"), str(folder / "cache")
     (folder / "run.py").write_text(CONFIG.format(files=documents, cache=cache, steps=STEPS, save_every=SAVE_EVERY))
     one = jax.devices()[:1]
     with fake_gcs.connected() as server, pytest.MonkeyPatch.context() as patch:

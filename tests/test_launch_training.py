@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from fot import cli, train
-from fot.clock import Speed
-from fot.metrics import read_metrics
+from tests.trainings import timeless
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 120  # enough that a run is not over before it is disturbed
@@ -69,8 +68,7 @@ def launched(words: list[str], workdir: pathlib.Path):
 
 def lines(workdir: pathlib.Path) -> list[dict]:
     """Returns the metrics of a run, without its speed."""
-    found = read_metrics(workdir / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in Speed._fields} for line in found]
+    return timeless(workdir / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")

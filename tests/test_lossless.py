@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from fot import checkpoint, cli, files, metrics, train, train_step
-from fot.clock import Speed
 from fot.errors import UserError
 from fot.evaluate import perplexity
+from tests.trainings import CACHED, timeless, write_documents
 
 ROOT = pathlib.Path(__file__).parent.parent
 SAVE_EVERY = 3
@@ -70,8 +70,7 @@ class Place(NamedTuple):
 
     def metrics(self, workdir: str) -> list[dict[str, Any]]:
         """Returns what metrics.jsonl says of each step, but for what a clock says."""
-        lines = metrics.read_metrics(self.folder / workdir / metrics.FILE)
-        return [{name: value for name, value in line.items() if name not in Speed._fields} for line in lines]
+        return timeless(self.folder / workdir / metrics.FILE)
 
     def step(self, workdir: str) -> int:
         """Returns the last step in metrics.jsonl, 0 if there is none yet."""
@@ -88,14 +87,9 @@ class Place(NamedTuple):
 def place(tmp_path_factory) -> Place:
     """Twelve documents, a config, and a run "whole" that nothing interrupts; what it compiled is cached for others."""
     folder = tmp_path_factory.mktemp("lossless")
-    (folder / "documents").mkdir()
-    draw = random.Random(0)
-    for number in range(12):
-        words = draw.choices(["alpha ", "beta ", "gamma ", "delta\n"], k=draw.randint(20, 60))
-        (folder / "documents" / f"{number}.txt").write_text("".join(words))
+    write_documents(folder / "documents")
     (folder / "run.py").write_text(CONFIG.format(cache=str(folder / "cache"), save_every=SAVE_EVERY))
-    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-    there = Place(folder, os.environ | cached | {"JAX_PLATFORMS": "cpu"})
+    there = Place(folder, os.environ | CACHED | {"JAX_PLATFORMS": "cpu"})
     assert there.start("whole").wait() == 0, there.errors("whole")
     return there
 
@@ -250,6 +244,5 @@ def test_a_run_interrupted_at_every_step_cannot_be_told_from_a_whole_one(place, 
     stop_before[:] = 0, ""
     stopped = train.train(config, tmp_path / "stopped", lambda line: None)
     jax.tree.map(np.testing.assert_array_equal, stopped, whole)
-    lines = [metrics.read_metrics(tmp_path / name / metrics.FILE) for name in ("stopped", "whole")]
-    left, right = ([{k: v for k, v in line.items() if k not in Speed._fields} for line in each] for each in lines)
+    left, right = (timeless(tmp_path / name / metrics.FILE) for name in ("stopped", "whole"))
     assert left == right and len(left) == 4 and "held_out/loss" in left[-1]

@@ -9,7 +9,7 @@ import pytest
 from fot import sharding, train, train_step, trained
 from fot.batch import Batch
 from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig
-from fot.errors import CheckpointError, ConfigError, TrainingError
+from fot.errors import CheckpointError, ConfigError, TrainingError, UserError
 from fot.metrics import read_metrics
 from fot.profiling import Span
 
@@ -240,3 +240,10 @@ def test_a_run_can_begin_with_the_parameters_of_another(config, tmp_path):
         train.train(replace(begun, model=dict(layers=3)), tmp_path / "third", print)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train.train(replace(begun, train=dict(init_from=str(tmp_path / "none"))), tmp_path / "fourth", print)
+
+
+def test_another_storage_is_refused_and_not_taken_for_a_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="s3://bucket/run is of no storage that is known here") as error:
+        train.main(config, train.Flags(workdir="s3://bucket/run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "s3:").exists()

@@ -20,7 +20,16 @@ from fot.config.data import (
 from fot.config.experiment import ExperimentConfig
 from fot.config.generated import DICTIONARY_FILLS, DICTIONARY_MARKS, DictionaryConfig, PasskeyConfig
 from fot.config.inference import MEMORY_DTYPES, MEMORY_MODES, OVERFLOWS, READER_NAMES, EvaluateConfig, GenerateConfig
-from fot.config.model import DTYPES, MEMORY_POSITIONS, MLPS, REMATS, ROPE_SCALINGS, ModelConfig, RopeScalingConfig
+from fot.config.model import (
+    DTYPES,
+    INDIFFERENT,
+    MEMORY_POSITIONS,
+    MLPS,
+    REMATS,
+    ROPE_SCALINGS,
+    ModelConfig,
+    RopeScalingConfig,
+)
 from fot.config.training import LR_SCHEDULES, OPTIMIZERS, MeshConfig, OptimizerConfig, TrainConfig
 from fot.config.values import differences, fields, from_dict, to_dict, unknown_field
 from fot.errors import ConfigError
@@ -40,6 +49,7 @@ __all__ = [
     "ExperimentConfig",
     "GENERATED_TASKS",
     "GenerateConfig",
+    "INDIFFERENT",
     "LOSS_ROWS",
     "LR_SCHEDULES",
     "MEMORY_DTYPES",

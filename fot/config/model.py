@@ -11,6 +11,8 @@ REMATS = ("none", "elementwise", "mlp", "full")
 ATTENTION_KERNELS = ("auto", "jnp", "pallas")
 ATTENTION_EXCHANGES = ("ring", "gather")
 DTYPES = ("float32", "bfloat16")
+# Fields of ModelConfig that change no result but for rounding: how it is computed.
+INDIFFERENT = ("remat", "attention_block", "attention_kernel", "attention_exchange", "loss_block", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)

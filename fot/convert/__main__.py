@@ -40,16 +40,7 @@ FROM = ("hf", "easylm", "gguf", "fot")
 TO = ("fot", "hf", "longllama")
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 # Fields of the model that another value of would not change what the stored weights mean.
-OPEN = (
-    "memory_layers",
-    "compute_dtype",
-    "remat",
-    "attention_block",
-    "attention_kernel",
-    "attention_exchange",
-    "loss_block",
-    "unroll",
-)
+OPEN = ("memory_layers", "compute_dtype", *config_lib.INDIFFERENT)
 
 
 @dataclasses.dataclass(frozen=True)
