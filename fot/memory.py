@@ -18,19 +18,23 @@ class Lists(NamedTuple):
 
     Attributes:
       centroids: [B, G, C, H], unit vectors.
+      axes: [B, G, C, H], unit vectors, the direction in which the keys of a cluster differ most.
       cluster: [B, G, M] int32, the centroid that each slot belongs to; C is none.
-      order: [B, G, M] int32, the slots, cluster by cluster; those of none at the end.
+      order: [B, G, M] int32, the slots, cluster by cluster and along its axis; those of none at the end.
       keys: [B, G, M, H], a copy of their keys in this order, so that a list is read as one piece.
-      owner: [B, G, I] int32, the centroid that each list belongs to; C is none. A large cluster has several lists.
+      mean: [B, G, I, H], the mean of the keys of each list, and
+      spread: [B, G, I] float32, their root mean square distance from it. A large cluster has several lists.
       begin: [B, G, I] int32, where in `order` each list begins.
-      length: [B, G, I] int32, slots of each list.
+      length: [B, G, I] int32, slots of each list; 0 where there is no list.
     """
 
     centroids: jax.Array
+    axes: jax.Array
     cluster: jax.Array
     order: jax.Array
     keys: jax.Array
-    owner: jax.Array
+    mean: jax.Array
+    spread: jax.Array
     begin: jax.Array
     length: jax.Array
 

@@ -167,8 +167,9 @@ def test_lists_hold_every_entry_once(written, list_size):
     held = _build(filled(written), list_size)
     lists = held.index.lists
     for layer, row, head in np.ndindex(2, B, G):
-        order, owner, begin, length = (
-            np.asarray(x[layer, row, head]) for x in (lists.order, lists.owner, lists.begin, lists.length)
+        order, begin, length, mean, spread, keys = (
+            np.asarray(x[layer, row, head])
+            for x in (lists.order, lists.begin, lists.length, lists.mean, lists.spread, held.keys)
         )
         listed = [order[start : start + size] for start, size in zip(begin, length, strict=True) if size]
         listed = np.concatenate([*listed, np.zeros(0, int)])
@@ -176,7 +177,10 @@ def test_lists_hold_every_entry_once(written, list_size):
         assert length.max() <= list_size and length.min() >= 0
         for i in np.flatnonzero(length):
             members = order[begin[i] : begin[i] + length[i]]
-            assert (np.asarray(lists.cluster[layer, row, head])[members] == owner[i]).all()
+            assert len(np.unique(np.asarray(lists.cluster[layer, row, head])[members])) == 1
+            np.testing.assert_allclose(mean[i], keys[members].mean(0), atol=1e-5)
+            far = np.sqrt(np.square(keys[members] - keys[members].mean(0)).sum(-1).mean())
+            np.testing.assert_allclose(spread[i], far, atol=1e-3)
     np.testing.assert_array_equal(
         lists.keys, jnp.take_along_axis(held.keys, lists.order[..., None], 3)
     )  # a list is read as one piece
@@ -189,6 +193,25 @@ def test_entries_are_with_the_nearest_centroid():
     nearest = jnp.where((held.entries >= 0)[None, :, None], s.argmax(-1), s.shape[-1])
     np.testing.assert_array_equal(held.index.lists.cluster, nearest)
     assert len(np.unique(nearest)) == s.shape[-1] + 1  # no centroid is without entries
+
+
+def test_a_cluster_with_several_lists_is_cut_along_its_longest_axis():
+    axis = jnp.eye(H)[0]
+    along = draw(M, 1, seed=5)
+    # A large bunch of keys and a small one; a key of each is a seed of k-means.
+    far = jnp.where(jnp.arange(M) % 8 == 3, -20.0, 20.0)[:, None]
+    keys = (far + along * axis + 0.1 * draw(M, H, seed=6))[None, None]
+    held = _build(Memory(keys[None], keys[None], jnp.zeros((1, M), jnp.int32), jnp.full(1, M)), M // 2)
+    lists = jax.tree.map(lambda x: np.asarray(x[0, 0, 0]), held.index.lists)
+    np.testing.assert_allclose(np.abs(lists.axes @ axis), 1, atol=0.01)
+    members = [
+        np.asarray(along)[lists.order[i : i + n], 0] for i, n in zip(lists.begin, lists.length, strict=True) if n
+    ]
+    whole, *others = sorted(members, key=len)
+    assert [len(whole), *map(len, others)] == [M // 8, 7 * M // 8 - M // 2, M // 2]
+    left, right = sorted(others, key=np.mean)
+    assert left.max() < right.min() + 0.5  # up to the keys' width in other directions
+    assert whole.std() == pytest.approx(1, abs=0.1)
 
 
 def test_without_lists_or_with_all_of_them_clustered_is_exact():

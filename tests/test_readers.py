@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fot import attention, memory, model, sharding
 from fot import config as config_lib
-from fot import memory, model, sharding
 from fot.attention import Partial, Tokens
 from fot.config import READER_NAMES, ModelConfig
 from fot.memory import Slots
@@ -195,6 +195,21 @@ def test_gradients_into_a_memory_are_finite_and_spare_empty_slots(name):
     for gradient in (keys, values):
         assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
         assert (np.asarray(gradient).swapaxes(1, 2)[DOCUMENTS == -1] == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_GRADIENT if name != "dense"])
+def test_gradients_of_all_slots_as_neighbours_are_those_of_dense(name):
+    def loss(q, slots, name):
+        ask = reader(name, neighbours=M)._replace(probes=M, recall_target=0.999)
+        part = table.read(q, jnp.asarray(QUERIES), put_slots(slots, ask), ask)
+        return (part.out**2).sum() + attention.finite(part.lse).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1), allow_int=True), static_argnums=2)
+    (q, (keys, values, *_)), (dense_q, (dense_keys, dense_values, *_)) = (
+        gradient(draw(B, T, N, H), slots(), each) for each in (name, "dense")
+    )
+    close((q, keys, values), (dense_q, dense_keys, dense_values), 1e-5)
+    assert min(jnp.abs(x).max() for x in (q, keys, values)) > 0.1
 
 
 # Reading inside the model.

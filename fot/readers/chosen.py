@@ -1,9 +1,11 @@
 """Attention to chosen slots of a memory: what all readers that choose have in common."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from fot import attention
 from fot.attention import Partial
@@ -24,14 +26,33 @@ class Chosen(NamedTuple):
 
 def attend(q_BGRTH: jax.Array, slots: Slots, chosen: Chosen) -> Partial:
     """Attention to the chosen slots; what was not chosen gets no gradient."""
-    keys = _take(slots.keys, chosen.index)
-    s = jnp.einsum("bgrth,bgrtkh->bgrtk", q_BGRTH, keys, preferred_element_type=jnp.float32)
-    s = jnp.where(chosen.score > -jnp.inf, s, -jnp.inf)
+    s = _logits(q_BGRTH, slots.keys, *chosen)
     lse = jax.nn.logsumexp(s, -1)
     p = jnp.exp(s - attention.finite(lse)[..., None])
     values = _take(slots.values, chosen.index)
     out = jnp.einsum("bgrtk,bgrtkh->bgrth", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
+
+
+@jax.custom_jvp
+def _logits(q_BGRTH: jax.Array, keys_BGMH: jax.Array, index: jax.Array, score: jax.Array) -> jax.Array:
+    """Returns the scores, as the logits of queries and keys that they are: only a gradient looks at these again."""
+    return score
+
+
+@functools.partial(_logits.defjvp, symbolic_zeros=True)
+def _logits_jvp(primals, tangents):
+    q, keys, index, score = primals
+    seen, change = score > -jnp.inf, jnp.zeros_like(score)
+
+    def product(q, keys):
+        return jnp.einsum("bgrth,bgrtkh->bgrtk", q, _take(keys, index), preferred_element_type=jnp.float32)
+
+    if not isinstance(tangents[0], SymbolicZero):
+        change += product(tangents[0], keys)
+    if not isinstance(tangents[1], SymbolicZero):
+        change += product(q, tangents[1])
+    return score, jnp.where(seen, change, 0.0)
 
 
 def _take(x_BGMH: jax.Array, index_BGRTK: jax.Array) -> jax.Array:

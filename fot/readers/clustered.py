@@ -21,13 +21,14 @@ from fot.readers.reader import Reader
 from fot.sharding import MESH_AXES, ROWS, over_devices
 
 _TILE = 16  # queries that meet a list at once
+_DEVIATIONS = 2.5  # the largest of some hundred normal numbers lies so far above their mean
 
 
 def clustered(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
     """Attention to the k visible slots of largest inner product among those that were looked at.
 
-    These are the slots of the `reader.probes` lists whose centroids have the largest inner product with the query, and
-    all slots whose entries are in no list: without an index that is the whole memory, read exactly.
+    These are the slots of the `reader.probes` lists that promise the largest inner product with the query, and all
+    slots whose entries are in no list: without an index that is the whole memory, read exactly.
     """
     q = attention.split_heads(q_BTNH, slots.keys.shape[1])
     return chosen.attend(q, slots, nearest(q, documents_BT, slots, reader))
@@ -70,11 +71,9 @@ def _search_heads(q_BGQH, query_documents_BQ, documents_BM, lists: Lists, *, cou
 
 def _search(query_documents_Q, documents_M, q_QH, lists: Lists, *, count: int, reader: Reader) -> Chosen:
     """Searches the lists of one head."""
-    Q, C, M, count_I = len(q_QH), len(lists.centroids), len(lists.keys), len(lists.owner)
+    Q, M, count_I = len(q_QH), len(lists.keys), len(lists.length)
     probes, size = min(reader.probes, count_I), min(reader.list_size, M)
-    centroids_IH = lists.centroids[jnp.minimum(lists.owner, C - 1)]
-    s_QI = jnp.einsum("qh,ih->qi", q_QH, centroids_IH, preferred_element_type=jnp.float32)
-    list_QP = jax.lax.top_k(jnp.where(lists.owner < C, s_QI, -jnp.inf), probes)[1]
+    list_QP = jax.lax.top_k(_promise(q_QH, lists), probes)[1]
     list_X, order_X = jax.lax.sort_key_val(list_QP.reshape(-1), jnp.arange(Q * probes))  # X pairs of query and list
     tile = min(_TILE, Q)
     tiles = _tiles(list_X, count_I, tile)
@@ -101,6 +100,19 @@ def _search(query_documents_Q, documents_M, q_QH, lists: Lists, *, count: int, r
     index = lists.order[start_I[jnp.take_along_axis(list_QP, choice // size, 1)] + choice % size]
     rest = ((0, 0), (0, count - found))
     return Chosen(jnp.pad(index, rest), jnp.pad(score, rest, constant_values=-jnp.inf))
+
+
+def _promise(q_QH: jax.Array, lists: Lists) -> jax.Array:
+    """Returns the largest inner product that a query may hope for in each list [Q, I], -inf where there is none.
+
+    It is that of the mean, and `_DEVIATIONS` standard deviations of the keys' inner products with a query of this
+    length: a tight list that lies near is passed over for a wide one that lies a little farther.
+    """
+    q_QH = q_QH.astype(jnp.float32)
+    deviation_Q = jnp.linalg.norm(q_QH, axis=-1) / math.sqrt(q_QH.shape[-1])
+    s_QI = jnp.einsum("qh,ih->qi", q_QH, lists.mean, preferred_element_type=jnp.float32)
+    s_QI += _DEVIATIONS * deviation_Q[:, None] * lists.spread
+    return jnp.where(lists.length > 0, s_QI, -jnp.inf)
 
 
 class _Tiles(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fot.memory import Index, Lists, Memory
 
 _ROUNDS = 6  # of k-means
+_AXIS_ROUNDS = 3  # of power iteration
 _SAMPLES = 64  # keys per centroid that k-means sees
 _SCORES = 2**24  # scores of keys by centroids that exist at once, 64 MiB
 
@@ -35,9 +36,10 @@ def build(memory: Memory, list_size: int) -> Memory:
         # A centroid that lost all keys stays.
         return jnp.where((sums != 0).any(-1, keepdims=True), _unit(sums), centroids)
 
-    centroids = jax.lax.fori_loop(0, _ROUNDS, improve, centroids).astype(memory.keys.dtype)
-    cluster = _nearest(memory.keys, centroids)
-    return memory._replace(index=_index(memory, centroids, cluster, list_size))
+    centroids = jax.lax.fori_loop(0, _ROUNDS, improve, centroids)
+    axes = _per_head(_axes)(sample, _nearest(sample, centroids), centroids)
+    centroids, axes = (x.astype(memory.keys.dtype) for x in (centroids, axes))
+    return memory._replace(index=_index(memory, centroids, axes, _nearest(memory.keys, centroids), list_size))
 
 
 def refresh(memory: Memory, list_size: int) -> Memory:
@@ -60,21 +62,25 @@ def refresh(memory: Memory, list_size: int) -> Memory:
         return jax.lax.cond(new.any(), assign, lambda cluster: cluster, cluster), None
 
     cluster = jax.lax.scan(visit, lists.cluster, jnp.arange(0, M, size))[0]
-    return memory._replace(index=_index(memory, lists.centroids, cluster, list_size))
+    return memory._replace(index=_index(memory, lists.centroids, lists.axes, cluster, list_size))
 
 
-def _index(memory: Memory, centroids: jax.Array, cluster: jax.Array, list_size: int) -> Index:
+def _index(memory: Memory, centroids: jax.Array, axes: jax.Array, cluster: jax.Array, list_size: int) -> Index:
     C = centroids.shape[3]
     cluster = jnp.where((memory.entries >= 0)[None, :, None], cluster, C)
-    lists = _per_head(lambda *head: _lists(*head, list_size))(centroids, cluster, memory.keys)
+    lists = _per_head(lambda *head: _lists(*head, list_size))(centroids, axes, cluster, memory.keys)
     return Index(lists, memory.written)
 
 
-def _lists(centroids_CH: jax.Array, cluster_M: jax.Array, keys_MH: jax.Array, list_size: int) -> Lists:
+def _lists(
+    centroids_CH: jax.Array, axes_CH: jax.Array, cluster_M: jax.Array, keys_MH: jax.Array, list_size: int
+) -> Lists:
     """Returns the lists of one head."""
     C, M = len(centroids_CH), len(cluster_M)
-    order_M = jnp.argsort(cluster_M)
     count_C = jnp.bincount(cluster_M, length=C)
+    # Along the axis of their cluster, so that each of its lists is tighter than the whole.
+    along_M = (keys_MH * axes_CH[jnp.minimum(cluster_M, C - 1)]).sum(-1)
+    order_M = jnp.lexsort((along_M, cluster_M))
     end_C = jnp.cumsum(-(-count_C // list_size))
     # A cluster has at the most one list that isn't full.
     list_I = jnp.arange(C + M // list_size)
@@ -83,9 +89,25 @@ def _lists(centroids_CH: jax.Array, cluster_M: jax.Array, keys_MH: jax.Array, li
     past_I = (list_I - end_C[known_I]) * list_size + -(-count_C // list_size)[known_I] * list_size
     begin_I = (jnp.cumsum(count_C) - count_C)[known_I] + past_I
     length_I = jnp.where(owner_I < C, jnp.minimum(count_C[known_I] - past_I, list_size), 0)
-    indices = (order_M, owner_I, begin_I, length_I)
-    order_M, owner_I, begin_I, length_I = (x.astype(jnp.int32) for x in indices)
-    return Lists(centroids_CH, cluster_M, order_M, keys_MH[order_M], owner_I, begin_I, length_I)
+    order_M, begin_I, length_I = (x.astype(jnp.int32) for x in (order_M, begin_I, length_I))
+    keys_MH = keys_MH[order_M]
+    mean_IH, spread_I = _moments(keys_MH, length_I)
+    return Lists(centroids_CH, axes_CH, cluster_M, order_M, keys_MH, mean_IH, spread_I, begin_I, length_I)
+
+
+def _moments(keys_MH: jax.Array, length_I: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of the keys of each list, which lie one after the other, and their distance from it."""
+    count = len(length_I)
+    # As many as there are lists stands for none.
+    list_M = jnp.searchsorted(jnp.cumsum(length_I), jnp.arange(len(keys_MH)), side="right")
+
+    def mean(x):
+        total = jax.ops.segment_sum(x, list_M, count + 1, indices_are_sorted=True)[:count]
+        return total / jnp.maximum(length_I, 1).reshape(-1, *[1] * (x.ndim - 1))
+
+    mean_IH = mean(keys_MH.astype(jnp.float32))
+    away_MH = keys_MH - mean_IH[jnp.minimum(list_M, count - 1)]
+    return mean_IH.astype(keys_MH.dtype), jnp.sqrt(mean(jnp.square(away_MH).sum(-1)))
 
 
 def _per_head(function):
@@ -104,6 +126,19 @@ def _block(centroids: jax.Array) -> int:
 
 def _sums(keys_SH: jax.Array, cluster_S: jax.Array, centroids_CH: jax.Array) -> jax.Array:
     return jnp.zeros_like(centroids_CH).at[cluster_S].add(keys_SH)
+
+
+def _axes(keys_SH: jax.Array, cluster_S: jax.Array, centroids_CH: jax.Array) -> jax.Array:
+    """Returns the direction [C, H] in which each cluster's keys are spread most, by power iteration."""
+    count_C = jnp.maximum(jnp.bincount(cluster_S, length=len(centroids_CH)), 1)
+    mean_CH = _sums(keys_SH, cluster_S, centroids_CH) / count_C[:, None]
+    away_SH = keys_SH - mean_CH[cluster_S]
+
+    def improve(_, axes_CH):
+        along_S = (away_SH * axes_CH[cluster_S]).sum(-1)
+        return _unit(_sums(away_SH * along_S[:, None], cluster_S, centroids_CH))
+
+    return jax.lax.fori_loop(0, _AXIS_ROUNDS, improve, jax.random.normal(jax.random.key(0), centroids_CH.shape))
 
 
 def _nearest(keys: jax.Array, centroids: jax.Array) -> jax.Array:
