@@ -20,5 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.packing = 2
     config.crossbatch.w = 1
     config.crossbatch.d = (1, 64)
-    config.train.steps = 1200
+    config.crossbatch.d_steps = (400,)
+    config.train.steps = 600
     return config

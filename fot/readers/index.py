@@ -91,23 +91,28 @@ def _lists(
     length_I = jnp.where(owner_I < C, jnp.minimum(count_C[known_I] - past_I, list_size), 0)
     order_M, begin_I, length_I = (x.astype(jnp.int32) for x in (order_M, begin_I, length_I))
     keys_MH = keys_MH[order_M]
-    mean_IH, spread_I = _moments(keys_MH, length_I)
+    mean_IH, spread_I = _moments(keys_MH, begin_I, length_I, list_size)
     return Lists(centroids_CH, axes_CH, cluster_M, order_M, keys_MH, mean_IH, spread_I, begin_I, length_I)
 
 
-def _moments(keys_MH: jax.Array, length_I: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean of the keys of each list, which lie one after the other, and their distance from it."""
-    count = len(length_I)
-    # As many as there are lists stands for none.
-    list_M = jnp.searchsorted(jnp.cumsum(length_I), jnp.arange(len(keys_MH)), side="right")
+def _moments(
+    keys_MH: jax.Array, begin_I: jax.Array, length_I: jax.Array, list_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of each list's keys, and their root mean square distance from it; keys are in their order."""
+    M = len(keys_MH)
+    size = min(list_size, M)
 
-    def mean(x):
-        total = jax.ops.segment_sum(x, list_M, count + 1, indices_are_sorted=True)[:count]
-        return total / jnp.maximum(length_I, 1).reshape(-1, *[1] * (x.ndim - 1))
+    def moments(each):
+        begin, length = each
+        start = jnp.minimum(begin, M - size)
+        place_S = start + jnp.arange(size)
+        weight_S = ((place_S >= begin) & (place_S < begin + length)) / jnp.maximum(length, 1)
+        part_SH = jax.lax.dynamic_slice_in_dim(keys_MH, start, size).astype(jnp.float32)
+        mean_H = (weight_S[:, None] * part_SH).sum(0)
+        return mean_H, jnp.sqrt((weight_S[:, None] * jnp.square(part_SH - mean_H)).sum())
 
-    mean_IH = mean(keys_MH.astype(jnp.float32))
-    away_MH = keys_MH - mean_IH[jnp.minimum(list_M, count - 1)]
-    return mean_IH.astype(keys_MH.dtype), jnp.sqrt(mean(jnp.square(away_MH).sum(-1)))
+    mean_IH, spread_I = jax.lax.map(moments, (begin_I, length_I))
+    return mean_IH.astype(keys_MH.dtype), spread_I
 
 
 def _per_head(function):
