@@ -21,8 +21,8 @@ class EvaluateConfig:
       neighbours: entries that a reader retrieves per query and head, k; dense ones read all.
       block: memory slots scored at once, in tokens; bounds memory, changes no result.
       recall_target: share of the k nearest entries that the reader "approximate" is to find, between 0 and 1.
-      list_size: entries of a list of the reader "clustered" at the most; there is about a centroid for so many slots.
-        Of "host_lists" it is the mean.
+      list_size: entries of a list of the reader "clustered" at the most; there is about a centroid for twice as many
+        slots. Of "host_lists" it is the mean.
       probes: lists that "clustered" and "host_lists" read per query and head.
       refresh: tokens per row between two updates of these lists; what is in none is read exactly.
       overflow: when a row's memory is full, "drop_oldest" or "refuse" to go on.
@@ -53,8 +53,8 @@ class EvaluateConfig:
     overflow: str = "drop_oldest"
     windows: int = 4
     recall_target: float = 0.95
-    list_size: int = 512
-    probes: int = 48
+    list_size: int = 256
+    probes: int = 64
     refresh: int = 4096
     modes: tuple[str, ...] = ("single_doc", "multi_doc")
     batch_size: int = 8

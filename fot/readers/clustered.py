@@ -6,6 +6,7 @@ list are read once for many queries and meet them in a matrix product.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -59,19 +60,28 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
 
 
 def _search_heads(q_BGQH, query_documents_BQ, documents_BM, lists: Lists, *, count: int, reader: Reader) -> Chosen:
-    """Searches the lists of head after head: side by side, a head's slices of memory would become gathers."""
+    """Searches the lists of head after head; a list's keys are cut out of all, as a head's alone would be a copy."""
+    B, G = q_BGQH.shape[:2]
+    small = lists._replace(keys=None)
 
-    def row(each):
-        q_GQH, query_documents_Q, documents_M, lists = each
-        one = functools.partial(_search, query_documents_Q, documents_M, count=count, reader=reader)
-        return jax.lax.map(lambda head: one(*head), (q_GQH, lists))
+    def head(number):
+        row, head = number // G, number % G
 
-    return jax.lax.map(row, (q_BGQH, query_documents_BQ, documents_BM, lists))
+        def keys_at(start: jax.Array, size: int) -> jax.Array:
+            return jax.lax.dynamic_slice(lists.keys, (row, head, start, 0), (1, 1, size, lists.keys.shape[-1]))[0, 0]
+
+        each = jax.tree.map(lambda x: x[row, head], (q_BGQH, small))
+        return _search(query_documents_BQ[row], documents_BM[row], *each, keys_at, count=count, reader=reader)
+
+    found = jax.lax.map(head, jnp.arange(B * G))
+    return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[1:]), found)
 
 
-def _search(query_documents_Q, documents_M, q_QH, lists: Lists, *, count: int, reader: Reader) -> Chosen:
-    """Searches the lists of one head."""
-    Q, M, count_I = len(q_QH), len(lists.keys), len(lists.length)
+def _search(
+    query_documents_Q, documents_M, q_QH, lists: Lists, keys_at: Callable, *, count: int, reader: Reader
+) -> Chosen:
+    """Searches the lists of one head; `keys_at(start, size)` are their keys [size, H] from a place of their order."""
+    Q, M, count_I = len(q_QH), len(lists.order), len(lists.length)
     probes, size = min(reader.probes, count_I), min(reader.list_size, M)
     list_QP = jax.lax.top_k(_promise(q_QH, lists), probes)[1]
     list_X, order_X = jax.lax.sort_key_val(list_QP.reshape(-1), jnp.arange(Q * probes))  # X pairs of query and list
@@ -85,7 +95,7 @@ def _search(query_documents_Q, documents_M, q_QH, lists: Lists, *, count: int, r
     def visit(number, scores_XS):
         which, first = tiles.list[number], tiles.first[number]
         start = start_I[which]
-        keys_SH = cut(lists.keys, start, size)
+        keys_SH = keys_at(start, size)
         s = jnp.einsum("qh,sh->qs", cut(q_XH, first, tile), keys_SH, preferred_element_type=jnp.float32)
         place_S = start - lists.begin[which] + jnp.arange(size)
         documents_S = jnp.where((place_S >= 0) & (place_S < lists.length[which]), cut(documents_L, start, size), -1)

@@ -5,25 +5,30 @@ are. What an index doesn't know yet, and what was overwritten since, "clustered"
 so no entry is ever lost. A cluster that outgrows a list goes on in another one; lists suffice for any clusters.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fot.memory import Index, Lists, Memory
+from fot.sharding import MESH_AXES, ROWS, over_devices
 
+_LISTS = 2  # of a cluster, when they are full: more centroids would cost more than they find
 _ROUNDS = 6  # of k-means
 _AXIS_ROUNDS = 3  # of power iteration
-_SAMPLES = 64  # keys per centroid that k-means sees
+_SAMPLES = 32  # keys per centroid that k-means sees
 _SCORES = 2**24  # scores of keys by centroids that exist at once, 64 MiB
 
 
 def build(memory: Memory, list_size: int) -> Memory:
-    """Finds centroids, about one for `list_size` slots, and lists all entries.
+    """Finds centroids, about one for `_LISTS` lists of `list_size` slots, and lists all entries.
 
     Cost: `_ROUNDS` · `_SAMPLES` · C² · H multiplications a layer, row and head for the centroids, M · C · H for the
     lists. Call it again when the memory has grown by much: the centroids are those of what it held.
     """
     M = memory.capacity
-    C = max(1, -(-M // list_size))
+    C = max(1, -(-M // (_LISTS * list_size)))
     count = min(M, C * _SAMPLES)
     # Steps of the golden ratio: evenly over the filled slots, and at no one place of windows or lines.
     share_S = (jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) / 2.0**32
@@ -115,9 +120,17 @@ def _moments(
     return mean_IH.astype(keys_MH.dtype), spread_I
 
 
-def _per_head(function):
-    """Maps a function of one head over layers, rows and heads."""
-    return jax.vmap(jax.vmap(jax.vmap(function)))
+def _per_head(function: Callable) -> Callable:
+    """Lets a function of one head run on each [L, B, G] in turn: side by side, a head's slices would become gathers."""
+
+    def heads(*arrays: jax.Array):
+        some = arrays[0].shape[:3]
+        flat = tuple(x.reshape(-1, *x.shape[3:]) for x in arrays)
+        made = jax.lax.map(lambda each: function(*each), flat)
+        return jax.tree.map(lambda x: x.reshape(*some, *x.shape[1:]), made)
+
+    here = PartitionSpec(None, ROWS, MESH_AXES["kv_heads"])
+    return over_devices(heads, in_specs=here, out_specs=here)
 
 
 def _unit(x: jax.Array) -> jax.Array:
