@@ -201,14 +201,14 @@ def test_a_cluster_with_several_lists_is_cut_along_its_longest_axis():
     # A large bunch of keys and a small one; a key of each is a seed of k-means.
     far = jnp.where(jnp.arange(M) % 8 == 3, -20.0, 20.0)[:, None]
     keys = (far + along * axis + 0.1 * draw(M, H, seed=6))[None, None]
-    held = _build(Memory(keys[None], keys[None], jnp.zeros((1, M), jnp.int32), jnp.full(1, M)), M // 2)
+    held = _build(Memory(keys[None], keys[None], jnp.zeros((1, M), jnp.int32), jnp.full(1, M)), 7 * M // 16)
     lists = jax.tree.map(lambda x: np.asarray(x[0, 0, 0]), held.index.lists)
     np.testing.assert_allclose(np.abs(lists.axes @ axis), 1, atol=0.01)
     members = [
         np.asarray(along)[lists.order[i : i + n], 0] for i, n in zip(lists.begin, lists.length, strict=True) if n
     ]
     whole, *others = sorted(members, key=len)
-    assert [len(whole), *map(len, others)] == [M // 8, 7 * M // 8 - M // 2, M // 2]
+    assert [len(whole), *map(len, others)] == [M // 8, 7 * M // 16, 7 * M // 16]
     left, right = sorted(others, key=np.mean)
     assert left.max() < right.min() + 0.5  # up to the keys' width in other directions
     assert whole.std() == pytest.approx(1, abs=0.1)
