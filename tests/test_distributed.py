@@ -90,7 +90,7 @@ from fot import distributed
 from fot.errors import UserError
 
 number, told = int(os.environ["JAX_PROCESS_ID"]), threading.Event()
-distributed.JOIN = int(sys.argv[1])
+time.sleep(float(sys.argv[1]) if number == int(sys.argv[2]) else 0)
 
 
 def main():
@@ -104,18 +104,22 @@ main()
 """
 
 
-def ran(body: str, numbers=(0, 1), join: int = 120) -> list[tuple[int, str, str]]:
-    """Returns exit code, output and errors of processes, of two, that run the body."""
+def ran(
+    body: str, numbers=(0, 1), count: int = 2, join: int = 120, late: float = 0, who: int = 0
+) -> list[tuple[int, str, str]]:
+    """Returns exit code, output and errors of the processes `numbers`, of `count`, that run the body.
+
+    They wait `join` seconds for each other; the process `who` begins `late` seconds after the others.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
-    command = [sys.executable, "-c", PROGRAM.format(body=body.replace("\n", "\n        ")), str(join)]
+    shared |= {"FOT_JOIN_SECONDS": str(join), "JAX_NUM_PROCESSES": str(count)}
+    program = PROGRAM.format(body=body.replace("\n", "\n        "))
+    command = [sys.executable, "-c", program, str(late), str(who)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes = [
-        subprocess.Popen(command, env=shared | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}, **pipes)
-        for number in numbers
-    ]
+    processes = [subprocess.Popen(command, env=shared | {"JAX_PROCESS_ID": str(number)}, **pipes) for number in numbers]
     ended = []
     try:
         for process in processes:
@@ -144,7 +148,27 @@ def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
     assert failed == (2, "", "error: no space\n")
 
 
-def test_one_that_comes_alone_does_not_wait_for_ever():
-    ((code, _, errors),) = ran("pass", numbers=(0,), join=3)
-    assert code == 42
-    assert "process 0 of 2 has waited 3 s at 127.0.0.1:" in errors and errors.count("\n") == 1
+@pytest.mark.parametrize(
+    ("numbers", "count", "missing"),
+    [((0,), 2, "1"), ((1,), 2, "0"), ((0, 2), 4, "1, 3")],
+    ids=["second", "first", "two"],
+)
+def test_those_that_never_come_are_named_by_all_that_do(numbers, count, missing):
+    for number, (code, out, errors) in zip(numbers, ran("pass", numbers, count, join=3), strict=True):
+        assert (code, out) == (42, ""), errors
+        [line] = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert line.startswith(f"error: process {number} of {count}: process {missing} did not come to 127.0.0.1:")
+        assert "within 3 s" in line and "FOT_JOIN_SECONDS" in line
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_that_comes_late_is_waited_for(who):
+    for code, out, errors in ran("print(distributed.agree('step', number, 60))", late=1.5, who=who):
+        assert (code, out) == (0, "1\nover\n"), errors
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "1.5"])
+def test_seconds_to_join_that_make_no_sense(text):
+    assert distributed.join_seconds({}) == distributed.JOIN
+    with pytest.raises(UserError, match=f"FOT_JOIN_SECONDS={text} must be a whole number"):
+        distributed.join_seconds({"FOT_JOIN_SECONDS": text})
