@@ -33,6 +33,8 @@ ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PR
 SECONDS = "FOT_JOIN_SECONDS"
 # How errors of JAX, gloo and gRPC read when another process is gone.
 _GONE = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|heartbeat|Connection (reset|closed)")
+# How JAX's barriers, orbax's too, name those that didn't come.
+_LATE = re.compile(r"timed out task names:\n((?:\d+\n)+)")
 _NOTICE = "fot/terminated/{}"
 _AGAIN = f"look there, and start all again, with a larger {SECONDS} if it is only slow"
 
@@ -140,7 +142,11 @@ def lost(error: BaseException) -> LostError | None:
         return error
     reasons = [each for each in _chain(error) if isinstance(each, jax.errors.JaxRuntimeError)]
     gone = [each for each in reasons if _GONE.search(str(each))]
-    return LostError(f"another process is gone ({_first_line(gone[0])})") if gone else None
+    if not gone:
+        return None
+    late = _LATE.search(str(gone[0]))
+    which = f"process {', '.join(sorted(late[1].split(), key=int))}" if late else "another process"
+    return LostError(f"{which} is gone ({_first_line(gone[0])})")
 
 
 def tell_all() -> None:

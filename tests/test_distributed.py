@@ -78,6 +78,9 @@ def test_errors_for_want_of_another_process_are_told_from_others():
         raise CheckpointError("not saved") from gone
     except CheckpointError as error:
         assert str(distributed.lost(error)) == "another process is gone (UNAVAILABLE: Connection reset by peer)"
+    barrier = "DEADLINE_EXCEEDED: Barrier timed out. Id: b::0.\nSome timed out task names:\n3\n1\n\n\nRPC: Barrier"
+    error = distributed.lost(jax.errors.JaxRuntimeError(barrier))
+    assert str(error) == "process 1, 3 is gone (DEADLINE_EXCEEDED: Barrier timed out. Id: b::0.)"
     assert distributed.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")) is None
     assert distributed.lost(CheckpointError("not saved (UNAVAILABLE)")) is None
     error = LostError("late")
@@ -137,6 +140,12 @@ def test_they_agree_and_tell_each_other():
     )
     for code, out, errors in ran(body):
         assert (code, out) == (0, "4\nover\n"), errors
+
+
+def test_who_does_not_come_to_a_barrier_is_named():
+    wait = "distributed._state().client.wait_at_barrier('saved', 1000)"
+    (code, _, errors), _ = ran(f"time.sleep(6) if number else {wait}")
+    assert code == 42 and errors.startswith("error: process 1 is gone (DEADLINE_EXCEEDED: Barrier timed out."), errors
 
 
 def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
