@@ -190,7 +190,7 @@ def _join(environment: Mapping[str, str]) -> None:
     if not several(environment):
         return
     values, seconds = settings(environment), join_seconds(environment)
-    # Its handler of SIGTERM would take the place of `fot.termination`'s.
+    # It would hear of nothing but SIGTERM, in the place of `fot.termination`, which says more.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX's own end of a late join is a crash that names nobody.
     joined = threading.Event()

@@ -107,6 +107,12 @@ main()
 """
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def ran(
     body: str, numbers=(0, 1), count: int = 2, join: int = 120, late: float = 0, who: int = 0
 ) -> list[tuple[int, str, str]]:
@@ -114,9 +120,7 @@ def ran(
 
     They wait `join` seconds for each other; the process `who` begins `late` seconds after the others.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
     shared |= {"FOT_JOIN_SECONDS": str(join), "JAX_NUM_PROCESSES": str(count)}
     program = PROGRAM.format(body=body.replace("\n", "\n        "))
@@ -146,6 +150,45 @@ def test_who_does_not_come_to_a_barrier_is_named():
     wait = "distributed._state().client.wait_at_barrier('saved', 1000)"
     (code, _, errors), _ = ran(f"time.sleep(6) if number else {wait}")
     assert code == 42 and errors.startswith("error: process 1 is gone (DEADLINE_EXCEEDED: Barrier timed out."), errors
+
+
+def test_sigterm_to_one_ends_all():
+    body = (
+        "import os, signal\nfrom fot.termination import Termination\nwith Termination():\n"
+        "    number and os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)"
+    )
+    for code, _, errors in ran(body):
+        assert (code, errors) == (42, "terminated: there was nothing to save; the same command starts again\n")
+
+
+PREEMPTION = """
+import os, pathlib, signal, sys, time, jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point as reached
+
+sys.argv[2] == "off" and jax.config.update("jax_enable_preemption_service", False)
+jax.distributed.initialize(sys.argv[1], 1, 0)
+[caught] = [line.split()[1] for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "SigCgt" in line]
+print(int(caught, 16) >> (signal.SIGTERM - 1) & 1, flush=True)
+assert not reached(0)
+os.kill(os.getpid(), signal.SIGTERM)
+deadline, step = time.monotonic() + 60, 1
+while not reached(step):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+    step += 1
+print("reached", flush=True)
+"""
+
+
+def test_the_notice_of_jax_is_sigterm_and_without_its_service_sigterm_is_left_to_others():
+    # What the head of fot/termination.py says of JAX: if it changes, so has that to.
+    runs = {}
+    for service in ("on", "off"):
+        command = [sys.executable, "-c", PREEMPTION, f"127.0.0.1:{free_port()}", service]
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        runs[service] = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert (runs["on"].returncode, runs["on"].stdout) == (0, "1\nreached\n"), runs["on"].stderr
+    assert runs["off"].stdout == "0\n" and "Preemption sync manager has not been initialized" in runs["off"].stderr
 
 
 def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
