@@ -83,7 +83,7 @@ def test_a_run_killed_twenty_times_cannot_be_told_from_a_whole_one(place, seed):
 def test_sigterm_saves_and_asks_for_another_try_and_ctrl_c_saves_nothing(place):
     steps = 10_000  # more than it gets to do
     rare = [f"--config.train.steps={steps}", f"--config.train.checkpoint_every={steps}", "--config.train.keep_every=0"]
-    out = place.folder / "ended.out"
+    out = place.said("ended", "out")
     process = place.start("ended", *rare)
     until(lambda: "training documents" in out.read_text(), process)
     process.terminate()  # while it compiles: nothing to save

@@ -69,15 +69,20 @@ class Place(NamedTuple):
         files = f"--config.data.files={self.folder / 'documents' / '*.txt'}"
         return [f"--config={self.folder / 'run.py'}", f"--workdir={self.folder / workdir}", files]
 
-    def start(self, workdir: str, *flags: str) -> subprocess.Popen:
-        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`."""
+    def start(self, workdir: str, *flags: str, number: int = 0, **environment: str) -> subprocess.Popen:
+        """Starts a training, or one process of it; its output goes to `<workdir>.<number>.out` and `.err`."""
         command = [sys.executable, "-m", "fot.train", *self.flags(workdir), *flags]
-        with open(self.folder / f"{workdir}.out", "w") as out, open(self.folder / f"{workdir}.err", "w") as err:
-            return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=err)
+        variables = self.environment | environment
+        with open(self.said(workdir, "out", number), "w") as out, open(self.said(workdir, "err", number), "w") as err:
+            return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=err)
 
-    def errors(self, workdir: str) -> list[str]:
+    def said(self, workdir: str, which: str, number: int = 0) -> pathlib.Path:
+        """Returns the file of what a process has written to its "out" or "err"."""
+        return self.folder / f"{workdir}.{number}.{which}"
+
+    def errors(self, workdir: str, number: int = 0) -> list[str]:
         """Returns the lines on stderr that are not progress."""
-        lines = (self.folder / f"{workdir}.err").read_text().splitlines()
+        lines = self.said(workdir, "err", number).read_text().splitlines()
         return [line for line in lines if not line.startswith("step ")]
 
     def metrics(self, workdir: str) -> list[dict[str, Any]]:
