@@ -36,6 +36,10 @@ LONG = 180  # seconds; JAX takes a silent process for lost after 60
 ABORTED = -signal.SIGABRT  # so JAX ends a process whose first one is gone
 ENDED = (cli.RETRY, ABORTED)
 
+# One program to compile; two processes don't evaluate.
+FLAGS = ["--config.crossbatch.d=2", "--config.crossbatch.d_schedule=constant"]
+ALONE = {1: [], 2: ["--config.train.evaluate_every=0"]}
+
 pytestmark = pytest.mark.slow
 
 
@@ -80,7 +84,8 @@ class Run(NamedTuple):
                 if self.count > 1:
                     own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
                     own |= {"JAX_NUM_PROCESSES": str(self.count), "JAX_PROCESS_ID": str(number)}
-                processes[number] = self.place.start(self.name, number=number, **own, **environment)
+                flags = [*FLAGS, *ALONE[self.count]]
+                processes[number] = self.place.start(self.name, *flags, number=number, **own, **environment)
             yield processes
         finally:
             for process in filter(None, processes):
@@ -235,7 +240,7 @@ def two_runs_on_one_workdir(run: Run, draw: random.Random) -> None:
     with run.started() as [process]:
         until(lambda: run.place.step(run.name) >= step, process)
         process.send_signal(signal.SIGSTOP)
-        second = run.place.start(run.name, number=1)
+        second = run.place.start(run.name, *FLAGS, number=1)
         assert codes([second]) == [cli.USER_ERROR]
         [line] = run.place.errors(run.name, 1)
         assert f"{run.workdir} is in use by process {process.pid} on host" in line and "another workdir" in line
