@@ -352,5 +352,6 @@ def _damaged(folder: epath.Path, reason: str) -> CheckpointError:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    """Returns the reason alone: tensorstore tells its whole request after it."""
+    lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
     return lines[0] if lines else type(error).__name__

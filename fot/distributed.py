@@ -2,11 +2,11 @@
 
 Environment variables may say which process this is, as `launch --backend=local` does: JAX_COORDINATOR_ADDRESS
 (host:port, of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without them JAX asks Slurm, Open MPI, GKE or
-the TPU machine. With one process, all of this does nothing.
+the TPU machine. FOT_JOIN_SECONDS is how long all may take to come, 300 if it is not set. With one process, all of this
+does nothing.
 """
 
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -20,8 +20,9 @@ import jax
 
 from fot import cli
 from fot.errors import LostError, UserError
+from fot.rollcall import EVERY, RollCall
 
-JOIN = 300  # seconds that all processes have to come
+JOIN = 300  # seconds that all processes have to come, and, at the start, to each other's word
 HEARTBEAT = 60  # seconds of silence after which a process is taken for lost, and ends the others
 COMPILED = 1800  # seconds between the first process and the last that have compiled a program
 LEAVE = 20  # seconds that a process which is done waits for the others to be done too
@@ -29,9 +30,13 @@ AGREE = 15  # seconds that all have to tell where they are, when they are about 
 LAST = 1.0  # seconds that the first process leaves the others for their end
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+SECONDS = "FOT_JOIN_SECONDS"
 # How errors of JAX, gloo and gRPC read when another process is gone.
 _GONE = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|heartbeat|Connection (reset|closed)")
+# How JAX's barriers, orbax's too, name those that didn't come.
+_LATE = re.compile(r"timed out task names:\n((?:\d+\n)+)")
 _NOTICE = "fot/terminated/{}"
+_AGAIN = f"look there, and start all again, with a larger {SECONDS} if it is only slow"
 
 
 @contextlib.contextmanager
@@ -93,6 +98,14 @@ def settings(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def join_seconds(environment: Mapping[str, str]) -> int:
+    """Returns how long all processes may take to come; raises UserError."""
+    text = environment.get(SECONDS, str(JOIN))
+    if not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"{SECONDS}={text} must be a whole number of seconds, 1 or more")
+    return int(text)
+
+
 def agree(name: str, value: int, seconds: float = AGREE) -> int:
     """Returns the largest of the values that the processes give, each once for a name.
 
@@ -129,7 +142,11 @@ def lost(error: BaseException) -> LostError | None:
         return error
     reasons = [each for each in _chain(error) if isinstance(each, jax.errors.JaxRuntimeError)]
     gone = [each for each in reasons if _GONE.search(str(each))]
-    return LostError(f"another process is gone ({_first_line(gone[0])})") if gone else None
+    if not gone:
+        return None
+    late = _LATE.search(str(gone[0]))
+    which = f"process {', '.join(sorted(late[1].split(), key=int))}" if late else "another process"
+    return LostError(f"{which} is gone ({_first_line(gone[0])})")
 
 
 def tell_all() -> None:
@@ -172,17 +189,16 @@ def _join(environment: Mapping[str, str]) -> None:
     """Joins the other processes; a join that takes too long ends the process with 42."""
     if not several(environment):
         return
-    values = settings(environment)
-    # Its handler of SIGTERM would take the place of `fot.termination`'s.
+    values, seconds = settings(environment), join_seconds(environment)
+    # It would hear of nothing but SIGTERM, in the place of `fot.termination`, which says more.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX's own end of a late join is a crash that names nobody.
-    late = threading.Timer(JOIN, functools.partial(_late, values))
-    late.daemon = True
-    late.start()
+    joined = threading.Event()
+    threading.Thread(target=_call_roll, args=(seconds, joined), name="fot-rollcall", daemon=True).start()
     try:
         jax.distributed.initialize(
             **values,
-            initialization_timeout=JOIN + 60,
+            initialization_timeout=seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LEAVE,
         )
@@ -192,16 +208,33 @@ def _join(environment: Mapping[str, str]) -> None:
             f"{ADDRESS} and {NUMBER}"
         ) from None
     finally:
-        late.cancel()
+        joined.set()
 
 
-def _late(values: dict[str, Any]) -> None:
-    if values:
-        who = "process {process_id} of {num_processes} has waited {join} s at {coordinator_address}"
-        who = who.format(**values, join=JOIN)
-    else:
-        who = f"this process has waited {JOIN} s"
-    _end(LostError(f"{who} for all to come: look at those that have not printed this, and start all again"))
+def _call_roll(seconds: int, joined: threading.Event) -> None:
+    """Ends the process, with 42, if it has not joined the others in time; says who is missing."""
+    deadline, state = time.monotonic() + seconds, _state()
+    while state.client is None:  # JAX has yet to learn which process this is
+        if joined.wait(0.1):
+            return
+        if time.monotonic() > deadline:
+            _end(LostError(f"this process has waited {seconds} s to learn which one of them it is: {_AGAIN}"))
+    number, address = state.process_id, state.coordinator_address
+    try:
+        roll = RollCall(address, state.num_processes, number)
+    except OSError as error:
+        roll, missing = None, f"the others ({error.strerror})"
+    with roll or contextlib.nullcontext():
+        while (left := deadline - time.monotonic()) > 0:
+            if joined.wait(left) if roll is None else roll.call(min(EVERY, left)) or joined.is_set():
+                break
+        if joined.is_set():
+            return
+        if roll is not None:
+            roll.give_up()
+            missing = f"process {', '.join(map(str, roll.missing))}" if roll.missing else "one that was there"
+    which = f"process {number} of {state.num_processes}"
+    _end(LostError(f"{which}: {missing} did not come to {address} within {seconds} s: {_AGAIN}"))
 
 
 def _leave(error: BaseException) -> NoReturn:

@@ -1,6 +1,11 @@
 """SIGTERM, the warning that a machine is about to be taken away: save what is unsaved, then exit with code 42.
 
 Of several processes that train together, one that gets it tells the others, and all end.
+
+This is the TPU's preemption notice too: JAX's service (`multihost_utils.reached_preemption_sync_point`, which orbax's
+`reached_preemption` asks) has SIGTERM as its only source (XLA's `SigtermNotifier`; `create_preemption_sync_manager`
+takes no other). It is off, `fot.distributed`, for two reasons: its handler takes the place of Python's, and it can be
+asked between steps alone, not while a program compiles or a held-out loss is computed.
 """
 
 import contextlib
@@ -14,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, final
 
 from fot import cli, distributed
+from fot.errors import LostError
 
 
 @final
@@ -123,4 +129,6 @@ def _always() -> bool:
 
 
 def _nothing() -> str:
+    with contextlib.suppress(LostError):  # others may have something to save, and end after this one
+        distributed.part(0)
     return "there was nothing to save; the same command starts again"

@@ -78,6 +78,9 @@ def test_errors_for_want_of_another_process_are_told_from_others():
         raise CheckpointError("not saved") from gone
     except CheckpointError as error:
         assert str(distributed.lost(error)) == "another process is gone (UNAVAILABLE: Connection reset by peer)"
+    barrier = "DEADLINE_EXCEEDED: Barrier timed out. Id: b::0.\nSome timed out task names:\n3\n1\n\n\nRPC: Barrier"
+    error = distributed.lost(jax.errors.JaxRuntimeError(barrier))
+    assert str(error) == "process 1, 3 is gone (DEADLINE_EXCEEDED: Barrier timed out. Id: b::0.)"
     assert distributed.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")) is None
     assert distributed.lost(CheckpointError("not saved (UNAVAILABLE)")) is None
     error = LostError("late")
@@ -90,7 +93,7 @@ from fot import distributed
 from fot.errors import UserError
 
 number, told = int(os.environ["JAX_PROCESS_ID"]), threading.Event()
-distributed.JOIN = int(sys.argv[1])
+time.sleep(float(sys.argv[1]) if number == int(sys.argv[2]) else 0)
 
 
 def main():
@@ -104,18 +107,26 @@ main()
 """
 
 
-def ran(body: str, numbers=(0, 1), join: int = 120) -> list[tuple[int, str, str]]:
-    """Returns exit code, output and errors of processes, of two, that run the body."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def ran(
+    body: str, numbers=(0, 1), count: int = 2, join: int = 120, late: float = 0, who: int = 0
+) -> list[tuple[int, str, str]]:
+    """Returns exit code, output and errors of the processes `numbers`, of `count`, that run the body.
+
+    They wait `join` seconds for each other; the process `who` begins `late` seconds after the others.
+    """
+    address = f"127.0.0.1:{free_port()}"
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
-    command = [sys.executable, "-c", PROGRAM.format(body=body.replace("\n", "\n        ")), str(join)]
+    shared |= {"FOT_JOIN_SECONDS": str(join), "JAX_NUM_PROCESSES": str(count)}
+    program = PROGRAM.format(body=body.replace("\n", "\n        "))
+    command = [sys.executable, "-c", program, str(late), str(who)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes = [
-        subprocess.Popen(command, env=shared | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}, **pipes)
-        for number in numbers
-    ]
+    processes = [subprocess.Popen(command, env=shared | {"JAX_PROCESS_ID": str(number)}, **pipes) for number in numbers]
     ended = []
     try:
         for process in processes:
@@ -135,6 +146,51 @@ def test_they_agree_and_tell_each_other():
         assert (code, out) == (0, "4\nover\n"), errors
 
 
+def test_who_does_not_come_to_a_barrier_is_named():
+    wait = "distributed._state().client.wait_at_barrier('saved', 1000)"
+    (code, _, errors), _ = ran(f"time.sleep(6) if number else {wait}")
+    assert code == 42 and errors.startswith("error: process 1 is gone (DEADLINE_EXCEEDED: Barrier timed out."), errors
+
+
+def test_sigterm_to_one_ends_all():
+    body = (
+        "import os, signal\nfrom fot.termination import Termination\nwith Termination():\n"
+        "    number and os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)"
+    )
+    for code, _, errors in ran(body):
+        assert (code, errors) == (42, "terminated: there was nothing to save; the same command starts again\n")
+
+
+PREEMPTION = """
+import os, pathlib, signal, sys, time, jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point as reached
+
+sys.argv[2] == "off" and jax.config.update("jax_enable_preemption_service", False)
+jax.distributed.initialize(sys.argv[1], 1, 0)
+[caught] = [line.split()[1] for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "SigCgt" in line]
+print(int(caught, 16) >> (signal.SIGTERM - 1) & 1, flush=True)
+assert not reached(0)
+os.kill(os.getpid(), signal.SIGTERM)
+deadline, step = time.monotonic() + 60, 1
+while not reached(step):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+    step += 1
+print("reached", flush=True)
+"""
+
+
+def test_the_notice_of_jax_is_sigterm_and_without_its_service_sigterm_is_left_to_others():
+    # What the head of fot/termination.py says of JAX: if it changes, so has that to.
+    runs = {}
+    for service in ("on", "off"):
+        command = [sys.executable, "-c", PREEMPTION, f"127.0.0.1:{free_port()}", service]
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        runs[service] = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert (runs["on"].returncode, runs["on"].stdout) == (0, "1\nreached\n"), runs["on"].stderr
+    assert runs["off"].stdout == "0\n" and "Preemption sync manager has not been initialized" in runs["off"].stderr
+
+
 def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
     # The second waits, as in a computation that needs the first.
     first, second = ran("time.sleep(300) if number else distributed.agree('step', 1, 2)")
@@ -144,7 +200,27 @@ def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
     assert failed == (2, "", "error: no space\n")
 
 
-def test_one_that_comes_alone_does_not_wait_for_ever():
-    ((code, _, errors),) = ran("pass", numbers=(0,), join=3)
-    assert code == 42
-    assert "process 0 of 2 has waited 3 s at 127.0.0.1:" in errors and errors.count("\n") == 1
+@pytest.mark.parametrize(
+    ("numbers", "count", "missing"),
+    [((0,), 2, "1"), ((1,), 2, "0"), ((0, 2), 4, "1, 3")],
+    ids=["second", "first", "two"],
+)
+def test_those_that_never_come_are_named_by_all_that_do(numbers, count, missing):
+    for number, (code, out, errors) in zip(numbers, ran("pass", numbers, count, join=3), strict=True):
+        assert (code, out) == (42, ""), errors
+        [line] = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert line.startswith(f"error: process {number} of {count}: process {missing} did not come to 127.0.0.1:")
+        assert "within 3 s" in line and "FOT_JOIN_SECONDS" in line
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_that_comes_late_is_waited_for(who):
+    for code, out, errors in ran("print(distributed.agree('step', number, 60))", late=1.5, who=who):
+        assert (code, out) == (0, "1\nover\n"), errors
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "1.5"])
+def test_seconds_to_join_that_make_no_sense(text):
+    assert distributed.join_seconds({}) == distributed.JOIN
+    with pytest.raises(UserError, match=f"FOT_JOIN_SECONDS={text} must be a whole number"):
+        distributed.join_seconds({"FOT_JOIN_SECONDS": text})

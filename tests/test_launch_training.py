@@ -1,4 +1,4 @@
-"""Real training in two processes of this machine: as one process trains, and on through kills."""
+"""Real training in several processes of this machine: as one process trains, and on through kills."""
 
 import contextlib
 import json
@@ -55,9 +55,16 @@ def words(tmp_path_factory) -> list[str]:
 
 
 @contextlib.contextmanager
-def launched(words: list[str], workdir: pathlib.Path):
-    """Gives the command that trains in two processes of one device."""
-    command = [sys.executable, "-m", "launch.pod", "--backend=local", "--processes=2", "--devices=1"]
+def launched(words: list[str], workdir: pathlib.Path, processes: int = 2, devices: int = 1):
+    """Gives the command that trains in so many processes of so many devices."""
+    command = [
+        sys.executable,
+        "-m",
+        "launch.pod",
+        "--backend=local",
+        f"--processes={processes}",
+        f"--devices={devices}",
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen([*command, *words, f"--workdir={workdir}"], cwd=ROOT, **pipes) as process:
         try:
@@ -103,13 +110,41 @@ def test_two_processes_train_as_one_does(undisturbed, words, tmp_path, monkeypat
         np.testing.assert_allclose(left, right, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_that_moves_from_mesh_to_mesh_has_the_losses_of_one_that_stays(words, tmp_path):
+    fifty = [*words, "--config.train.steps=50", "--config.train.evaluate_every=25"]
+    with launched(fifty, tmp_path / "stays", 1, 8) as process:
+        assert process.communicate(timeout=900)[0] and process.returncode == 0
+    for processes, devices, stop in [(2, 4, 14), (1, 4, 30), (4, 2, 50)]:
+        with launched(fifty, tmp_path / "moves", processes, devices) as process:
+            if stop < 50:
+                until_step(process, tmp_path / "moves", stop)
+                process.send_signal(signal.SIGINT)
+            shown = process.communicate(timeout=900)[0]
+        assert process.returncode == (0 if stop == 50 else cli.INTERRUPTED), shown
+        assert stop <= lines(tmp_path / "moves")[-1]["step"] <= (50 if stop == 50 else stop + 10), shown
+    stays, moves = lines(tmp_path / "stays"), lines(tmp_path / "moves")
+    assert [line["step"] for line in moves] == list(range(1, 51))
+    assert [line["batch_checksum"] for line in moves] == [line["batch_checksum"] for line in stays]
+    # Bit for bit until float additions across processes come in another order; then to float32's last digits.
+    assert moves[0]["loss"] == stays[0]["loss"]
+    for name in ("loss", "held_out/loss", "held_out/loss_with_contexts"):
+        here, there = ([line[name] for line in run if name in line] for run in (moves, stays))
+        np.testing.assert_allclose(here, there, rtol=0, atol=1e-6, err_msg=name)
+
+
+def until_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
+    """Waits until the metrics have a step; fails if the command ends before."""
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or f'{{"step": {step},' not in metrics.read_text():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
 def disturbed(words, workdir: pathlib.Path, disturb) -> tuple[int, str]:
     """Returns exit code and output of a run that `disturb(launcher, pids)` befalls between two checkpoints."""
-    metrics = workdir / "metrics.jsonl"
     with launched(words, workdir) as process:
-        while not metrics.exists() or '{"step": 33,' not in metrics.read_text():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
+        until_step(process, workdir, 33)
         disturb(process.pid, json.loads((workdir / "launch" / "local.json").read_text())["processes"])
         shown = process.communicate(timeout=900)[0]
     return process.returncode, shown

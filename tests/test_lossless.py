@@ -1,112 +1,29 @@
 """A run that is killed, terminated, interrupted or out of disk goes on, and nobody can tell it from a whole one."""
 
 import os
-import pathlib
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
-from fot import checkpoint, cli, files, metrics, train, train_step
+from fot import cli, files, metrics, train
 from fot.errors import UserError
 from fot.evaluate import perplexity
-from tests.trainings import CACHED, timeless, write_documents
+from tests.trainings import Place, place_in, state_of, timeless, until
 
-ROOT = pathlib.Path(__file__).parent.parent
 SAVE_EVERY = 3
-
-CONFIG = """
-from configs import base
-
-
-def get_config():
-    config = base.get_config()
-    config.model.layers, config.model.memory_layers, config.model.attention_block = 2, (1,), 16
-    config.model.dim, config.model.head_dim, config.model.mlp_dim = 32, 8, 64
-    config.crossbatch.d, config.crossbatch.d_schedule = (1, 2), "random"
-    config.data.task, config.data.cache_dir = ("files",), {cache!r}
-    config.data.tokenizer, config.data.context, config.data.min_document_tokens = "bytes", 16, (32,)
-    config.data.held_out_fraction = 0.3
-    config.optimizer.schedule = "constant"  # so that a longer run begins like a shorter one
-    config.train.steps, config.train.log_every = 60, 1
-    config.train.evaluate_every, config.train.evaluate_batches = 4, 1
-    config.train.checkpoint_every = config.train.keep_every = {save_every}
-    config.evaluate.memory, config.evaluate.readers, config.evaluate.modes = (0, 16), ("dense",), ("single_doc",)
-    config.evaluate.max_documents, config.evaluate.max_tokens, config.evaluate.block = 2, 64, 16
-    return config
-"""
-
-
-class Place(NamedTuple):
-    """Where the processes of these tests find what they share."""
-
-    folder: pathlib.Path
-    environment: dict[str, str]
-
-    def flags(self, workdir: str) -> list[str]:
-        """Returns the flags of a run of these tests."""
-        files = f"--config.data.files={self.folder / 'documents' / '*.txt'}"
-        return [f"--config={self.folder / 'run.py'}", f"--workdir={self.folder / workdir}", files]
-
-    def start(self, workdir: str, *flags: str) -> subprocess.Popen:
-        """Starts a training; its output goes to `<workdir>.out` and `<workdir>.err`."""
-        command = [sys.executable, "-m", "fot.train", *self.flags(workdir), *flags]
-        with open(self.folder / f"{workdir}.out", "w") as out, open(self.folder / f"{workdir}.err", "w") as err:
-            return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=err)
-
-    def errors(self, workdir: str) -> list[str]:
-        """Returns the lines on stderr that are not progress."""
-        lines = (self.folder / f"{workdir}.err").read_text().splitlines()
-        return [line for line in lines if not line.startswith("step ")]
-
-    def metrics(self, workdir: str) -> list[dict[str, Any]]:
-        """Returns what metrics.jsonl says of each step, but for what a clock says."""
-        return timeless(self.folder / workdir / metrics.FILE)
-
-    def step(self, workdir: str) -> int:
-        """Returns the last step in metrics.jsonl, 0 if there is none yet."""
-        path = self.folder / workdir / metrics.FILE
-        return max([line["step"] for line in metrics.read_metrics(path)], default=0) if path.exists() else 0
-
-    def saves(self, workdir: str) -> list[str]:
-        """Returns the names of the folders of checkpoints, complete or not."""
-        folder = self.folder / workdir / "checkpoints"
-        return sorted(os.listdir(folder)) if folder.exists() else []
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
-    """Twelve documents, a config, and a run "whole" that nothing interrupts; what it compiled is cached for others."""
-    folder = tmp_path_factory.mktemp("lossless")
-    write_documents(folder / "documents")
-    (folder / "run.py").write_text(CONFIG.format(cache=str(folder / "cache"), save_every=SAVE_EVERY))
-    there = Place(folder, os.environ | CACHED | {"JAX_PLATFORMS": "cpu"})
+    """A place of runs, and a run "whole" that nothing interrupts; what it compiled is cached for others."""
+    there = place_in(tmp_path_factory.mktemp("lossless"), steps=60, save_every=SAVE_EVERY)
     assert there.start("whole").wait() == 0, there.errors("whole")
     return there
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Waits for the condition, looking once a millisecond; fails if the process ends before."""
-    while not condition():
-        assert process.poll() is None, "the process ended too early"
-        time.sleep(0.001)
-
-
-def last_state(workdir: pathlib.Path) -> checkpoint.Restored:
-    config = checkpoint.load_config(workdir / "checkpoints")
-    device = SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: train_step.init_state(config))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return checkpoint.Checkpointer(workdir / "checkpoints", config.train).restore(None, abstract)
 
 
 def assert_nobody_can_tell(place: Place, workdir: str) -> None:
@@ -114,7 +31,7 @@ def assert_nobody_can_tell(place: Place, workdir: str) -> None:
     assert place.metrics(workdir) == place.metrics("whole")
     assert place.saves(workdir) == place.saves("whole")
     assert set(os.listdir(place.folder / workdir)) == set(os.listdir(place.folder / "whole"))
-    here, there = last_state(place.folder / workdir), last_state(place.folder / "whole")
+    here, there = state_of(place.folder / workdir), state_of(place.folder / "whole")
     assert here.data_position == there.data_position
     assert jax.tree.structure(here.state) == jax.tree.structure(there.state)
     for left, right in zip(jax.tree.leaves(here.state), jax.tree.leaves(there.state), strict=True):
@@ -166,7 +83,7 @@ def test_a_run_killed_twenty_times_cannot_be_told_from_a_whole_one(place, seed):
 def test_sigterm_saves_and_asks_for_another_try_and_ctrl_c_saves_nothing(place):
     steps = 10_000  # more than it gets to do
     rare = [f"--config.train.steps={steps}", f"--config.train.checkpoint_every={steps}", "--config.train.keep_every=0"]
-    out = place.folder / "ended.out"
+    out = place.said("ended", "out")
     process = place.start("ended", *rare)
     until(lambda: "training documents" in out.read_text(), process)
     process.terminate()  # while it compiles: nothing to save
@@ -205,7 +122,7 @@ def test_a_full_disk_at_a_save_ends_the_run_in_one_line_and_keeps_the_checkpoint
     assert line.startswith("error: the checkpoint of step") and str(place.folder / "full") in line
     assert "free space" in line
     left = [int(name) for name in place.saves("full") if name.isdigit()]
-    assert int(last_state(place.folder / "full").state.step) == max(left) >= SAVE_EVERY
+    assert int(state_of(place.folder / "full").state.step) == max(left) >= SAVE_EVERY
 
 
 def test_a_workdir_in_use_can_be_evaluated(place):
