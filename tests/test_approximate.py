@@ -224,7 +224,7 @@ def test_without_lists_or_with_all_of_them_clustered_is_exact():
 @pytest.mark.parametrize("update", [lambda held: held, lambda held: _refresh(held, LIST)], ids=["stale", "refreshed"])
 def test_a_memory_that_grew_is_read_whole(grown, update):
     """Entries that came after the lists, in slots that held others: nothing is missed, nothing read twice."""
-    held = _build(filled(200), LIST)
+    held = _build(filled(250), LIST)  # 500 of 512 slots of the other row
     for start in range(0, grown, 10):
         entries = (draw(2, B, 10, G, H, seed=10_000 + start + which) for which in (1, 2))
         held = _write(held, *entries, jnp.zeros((B, 10), jnp.int32))

@@ -22,6 +22,7 @@ from fot.readers.reader import Reader
 from fot.sharding import MESH_AXES, ROWS, over_devices
 
 _TILE = 16  # queries that meet a list at once
+_FEW = 8  # a row's slots in no list are few if they are at the most one in so many
 _DEVIATIONS = 2.5  # the largest of some hundred normal numbers lies so far above their mean
 
 
@@ -50,13 +51,36 @@ def nearest(q_BGRTH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: R
     search = over_devices(search, in_specs=(heads, rows, rows, heads), out_specs=heads)
     found = search(q.reshape(B, G, R * T, H), query_documents, listed_BM, slots.lists)
     found = jax.tree.map(lambda x: x.reshape(B, G, R, T, -1), found)
-    unlisted = slots._replace(documents=jnp.where(slots.listed, -1, slots.documents))
+    unlisted = (~slots.listed).sum(1).max()
+    few = slots.documents.shape[1] // _FEW
 
-    def join(found):
-        rest = knn.nearest(q, documents_BT, unlisted, reader)
-        return chosen.best(jax.tree.map(lambda *x: jnp.concatenate(x, -1), found, rest), count)
+    def join(rest: Callable[[], Chosen]) -> Chosen:
+        return chosen.best(jax.tree.map(lambda *x: jnp.concatenate(x, -1), found, rest()), count)
 
-    return jax.lax.cond((unlisted.documents >= 0).any(), join, lambda found: found, found)
+    return jax.lax.switch(
+        (unlisted > 0).astype(int) + (unlisted > few),
+        [
+            lambda: found,
+            lambda: join(lambda: _nearest_of_few(q, documents_BT, slots, reader, few)),
+            lambda: join(lambda: knn.nearest(q, documents_BT, _without_listed(slots), reader)),
+        ],
+    )
+
+
+def _without_listed(slots: Slots) -> Slots:
+    return slots._replace(documents=jnp.where(slots.listed, -1, slots.documents))
+
+
+def _nearest_of_few(q_BGRTH, documents_BT, slots: Slots, reader: Reader, few: int) -> Chosen:
+    """Returns the nearest of the slots that are in no list, `few` of a row at the most, which lie together."""
+    M = slots.documents.shape[1]
+    first_B = (~slots.listed & jnp.roll(slots.listed, 1, axis=1)).argmax(1)  # after the newest slot comes the oldest
+    slot_BS = (first_B[:, None] + jnp.arange(few)) % M
+    documents = jnp.take_along_axis(_without_listed(slots).documents, slot_BS, 1)
+    keys = jnp.take_along_axis(slots.keys, slot_BS[:, None, :, None], 2)
+    found = knn.nearest(q_BGRTH, documents_BT, Slots(keys, keys, documents), reader)
+    index = jax.vmap(lambda slot_S, choice: slot_S[choice])(slot_BS, found.index)
+    return found._replace(index=index)
 
 
 def _search_heads(q_BGQH, query_documents_BQ, documents_BM, lists: Lists, *, count: int, reader: Reader) -> Chosen:
