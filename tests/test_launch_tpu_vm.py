@@ -30,7 +30,7 @@ def cloud(tmp_path, monkeypatch):
 
 def submit(cloud: FakeCloud, keep: bool = False, patience: Patience = QUICK, **changes) -> int:
     changes = {"name": "job", "setup": "cat README", "python": cloud.python, "topology": "v4:2x2x1", **changes}
-    return tpu_vm.submit(job(**{"slices": 1, **changes}), ZONE, keep, patience)
+    return tpu_vm.submit(job(**{"slices": 1, **changes}), ZONE, keep, patience=patience)
 
 
 def test_commands():
