@@ -20,9 +20,9 @@ A run that ends with 42 (terminated, and saved) is started again, --retries time
 so is one whose processes were killed or lost each other. Any other exit code ends the job.
 
 gke and slurm have the job when this command ends, with 0; with --wait it stays until the job has ended, goes on with
-the one that is there, deletes what is left of it, also after errors and Ctrl-C, and ends with its exit code. tpu_vm stays with it, deletes its machines at the end, also
-after errors and Ctrl-C, and ends with the job's exit code; so does local with its processes. 2 is an error, told in one
-line; 130 follows Ctrl-C.
+the one that is there, deletes what is left of it, also after errors and Ctrl-C, and ends with its exit code. tpu_vm
+stays with it, deletes its machines at the end, also after errors and Ctrl-C, and ends with the job's exit code; so does
+local with its processes. 2 is an error, told in one line; 130 follows Ctrl-C.
 """
 
 import dataclasses

@@ -119,7 +119,8 @@ case "$code" in
   {restarts})
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
       echo "exit code $code: back into the queue" >&2
-      scontrol requeue "$SLURM_JOB_ID" && trap - EXIT && exit 0
+      trap - EXIT
+      scontrol requeue "$SLURM_JOB_ID" && exit 0
     else
       echo "exit code $code: {retries} retries are used up" >&2
     fi ;;

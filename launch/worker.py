@@ -130,9 +130,8 @@ class Worker:
             if trial is None:
                 return
             folder = self._plan.folder(trial.id)
-            if self._plan.local and _in_use(
-                pathlib.Path(self._plan.place(trial.id))
-            ):  # by what a killed sweep has left, which is about to end
+            # By what a killed sweep has left, which is about to end.
+            if self._plan.local and _in_use(pathlib.Path(self._plan.place(trial.id))):
                 busy.add(trial.id)
                 self._trials.release(trial)
                 continue
@@ -146,7 +145,7 @@ class Worker:
             _say(trial, f"started{again}")
 
     def _advance(self, running: _Running) -> bool:
-        """Stores new metrics, and tells the trial to end if it should; returns whether it has ended, and is finished."""
+        """Stores new metrics, and tells the trial to end if it should; returns whether it is finished."""
         code = running.group.codes[0]
         if running.pruned < math.inf:
             return self._pruned(running, over=code is not None)

@@ -1,6 +1,6 @@
-"""A Slurm and a kubectl, run as programs: their jobs run here, and are files of the folder $CLUSTER while there are any.
+"""A Slurm and a kubectl, run as programs: their jobs run here, each a file of the folder $CLUSTER.
 
-sbatch, squeue, scancel, srun and scontrol play Slurm; kubectl plays JobSets of one pod. $CLUSTER/calls has a line a call.
+sbatch, squeue, scancel and srun play Slurm; kubectl plays JobSets of one pod. $CLUSTER/calls has a line a call.
 """
 
 import json

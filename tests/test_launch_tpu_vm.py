@@ -228,7 +228,7 @@ from fot import cli
 from tests.test_launch_tpu_vm import QUICK, ZONE, job
 one = job(name="job", setup="true", python=sys.argv[1], topology="v4:2x2x1", slices=1)
 code = []
-failed = cli.exit_code(lambda: code.append(tpu_vm.submit(one, ZONE, False, QUICK)))
+failed = cli.exit_code(lambda: code.append(tpu_vm.submit(one, ZONE, False, patience=QUICK)))
 sys.exit(failed or code[0])
 """
 
