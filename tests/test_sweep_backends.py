@@ -69,7 +69,7 @@ def folders(cluster: Cluster, workdir: pathlib.Path, backend: str) -> pathlib.Pa
     return workdir if backend == "slurm" else cluster.bucket / "bucket" / "sweep"
 
 
-@pytest.mark.parametrize("backend", JOBS)
+@pytest.mark.parametrize("backend", ["slurm", "gke", pytest.param("tpu_vm", marks=pytest.mark.slow)])
 def test_killed_and_started_again_each_job_is_sent_once(cluster, tmp_path, backend):
     given = words(tmp_path, sweep_file(tmp_path, GRID), *JOBS[backend])
     run = tmp_path / "run"
