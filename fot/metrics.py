@@ -138,6 +138,11 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: a run writes it to its workdir") from None
+    return parsed(path, text)
+
+
+def parsed(path: str | pathlib.Path, text: str) -> list[dict[str, Any]]:
+    """Returns what `read_metrics` does for the text of the file `path`, which the error names."""
     whole = text[: text.rfind("\n") + 1]
     steps: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(whole.splitlines(), start=1):

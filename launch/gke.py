@@ -7,13 +7,14 @@ The cluster needs node pools of the topology, JobSet, and Kueue if there is a qu
 import dataclasses
 import json
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from fot.errors import UserError
-from launch import shell
-from launch.job import GRACE, RESTARTS, Job, check_bucket, check_slice
+from launch import attend, shell
+from launch.job import ABSENT, GRACE, RESTARTS, UNDER_WAY, Job, check_bucket, check_slice
 
 TOOLS = ("kubectl", "gcloud")
 PYTHON = "python"  # that of the image
@@ -154,10 +155,21 @@ def _variable(text: str) -> dict[str, str]:
     return {"name": name, "value": value}
 
 
-def submit(job: Job, place: Place, keep: bool) -> int:
-    """Creates the JobSet and returns 0: the cluster has it from here; after an error there is none."""
+def submit(job: Job, place: Place, keep: bool, begin: Callable[[], None] = lambda: None) -> int:
+    """Creates the JobSet and returns 0: the cluster has it from here; after an error there is none.
+
+    Args:
+      job: the description.
+      place: where.
+      keep: leaves it after an error, too.
+      begin: writes the launch into the workdir, once it is known that no other is under way.
+
+    Raises:
+      UserError: there is one of this name, or the cluster refuses it.
+    """
     if _found(job, place):
         raise UserError(f"JobSet {job.name} exists: delete it, or give another --name")
+    begin()
     try:
         shell.must(_kubectl(place, "create", "--filename=-"), ANSWER, manifest(job, place))
     except BaseException as error:
@@ -167,6 +179,24 @@ def submit(job: Job, place: Place, keep: bool) -> int:
         raise
     print(f"JobSet {job.name} created in namespace {place.namespace}: {job.hosts} pods in {job.slices} slices")
     return 0
+
+
+def progress(job: Job, place: Place) -> int:
+    """Returns how the JobSet has ended, 0 or 1, else UNDER_WAY, or ABSENT; raises UserError if kubectl fails."""
+    words = ("get", "jobset", job.name, "--ignore-not-found", "--output=json")
+    text = shell.must(_kubectl(place, *words), ANSWER)
+    if not text.strip():
+        return ABSENT
+    conditions = json.loads(text).get("status", {}).get("conditions", ())
+    true = {each["type"] for each in conditions if each["status"] == "True"}
+    return 0 if "Completed" in true else 1 if "Failed" in true else UNDER_WAY
+
+
+def follow(job: Job, place: Place, there: bool, poll: float) -> int:
+    """Creates the JobSet, unless it is there, and returns its exit code when it has ended."""
+    if not there:
+        submit(job, place, False)
+    return attend.until_ended(lambda: progress(job, place), poll)
 
 
 def status(job: Job, place: Place) -> int:

@@ -12,6 +12,9 @@ RETRY = 42  # exit code of a run that was terminated and has saved; the same com
 # Exit codes after which a job starts again: RETRY, and deaths that are no error of the program: 134 is how JAX ends the
 # processes that have lost another one, 137 is SIGKILL, 143 a SIGTERM that came before the run could take it.
 RESTARTS = (RETRY, 134, 137, 143)
+LOST = 137  # exit code of a job that is gone without one
+# In the place of a job's exit code: it waits or runs; there is no such job.
+UNDER_WAY, ABSENT = -1, -2
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 BUCKET = "gs://"
 

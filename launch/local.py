@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TextIO, final
 
 from fot import files
@@ -85,13 +86,20 @@ def commands(job: Job, place: Place, port: int | str) -> list[Command]:
     return [Command(job.command, {**shared, "JAX_PROCESS_ID": str(number), **own}) for number in numbers]
 
 
-def submit(job: Job, place: Place, keep: bool) -> int:
+def submit(job: Job, place: Place, keep: bool, begin: Callable[[], None] = lambda: None) -> int:
     """Runs the job to its end and returns its exit code; then, and after any error or Ctrl-C, no process is left.
+
+    Args:
+      job: the description.
+      place: where.
+      keep: changes nothing here.
+      begin: writes the launch into the workdir, once it is known that no other is under way.
 
     Raises:
       UserError: the workdir is in use, the setup failed, or the job was terminated more often than it may be.
     """
     with signals.interrupting(), files.hold(folder(job)):
+        begin()
         with open(folder(job) / LOG, "a", encoding="utf-8", errors="replace") as log:
             return _Run(job, place, log).until_it_ends()
 

@@ -51,9 +51,15 @@ class Run:
         self.job, self.place, self.patience = job, place, patience
         self._lines = 0  # of the log, that have been shown
 
-    def until_it_ends(self) -> int:
-        """Makes machines, trains, and does so again after terminations; returns the job's exit code."""
-        made = False
+    def until_it_ends(self, there: bool = False) -> int:
+        """Makes machines, trains, and does so again after terminations; returns the job's exit code.
+
+        Args:
+          there: a launcher that was killed has left its request: what it had begun goes on.
+        """
+        made = trains = False
+        if there:
+            made, trains = self._left()
         for attempt in range(self.job.retries + 1):
             if attempt:
                 _say(f"starting again ({attempt} of {self.job.retries})")
@@ -61,7 +67,9 @@ class Run:
                 if not made:
                     self._make()
                     made = True
-                self._step(queued.on_all(self.job, self.place, queued.start(self.job)), self.patience.answer)
+                if not trains:
+                    self._step(queued.on_all(self.job, self.place, queued.start(self.job)), self.patience.answer)
+                trains = False
                 _say("training")
                 code = self._follow()
             except Preempted as reason:
@@ -99,10 +107,29 @@ class Run:
                 raise UserError(f"{self.job.name} may still be there, and cost ({reason}): {shell.line(command)}")
             time.sleep(self.patience.poll)
 
+    def _left(self) -> tuple[bool, bool]:
+        """Returns whether machines are set up, and train; those that are neither, but there, are deleted."""
+        state = self._state()
+        try:
+            if state.name in WAITING:
+                self._set_up()
+                return True, False
+            started = queued.on_all(self.job, self.place, queued.started(self.job))
+            if state.name == ACTIVE and not shell.run(started, self.patience.answer).code:
+                return True, True
+        except Preempted as reason:
+            _say(f"{reason}: the machines are made again")
+        self.remove()
+        return False, False
+
     def _make(self) -> None:
         """Requests the machines, waits for them, and sets them up."""
+        shell.must(queued.create(self.job, self.place), self.patience.answer)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Waits for the machines, and sets them up."""
         job, place, patience = self.job, self.place, self.patience
-        shell.must(queued.create(job, place), patience.answer)
         self._await()
         self._lines = 0
         if not job.image:

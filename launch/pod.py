@@ -19,9 +19,10 @@ committed. From there the other words know a job by its workdir:
 A run that ends with 42 (terminated, and saved) is started again, --retries times at most, from its newest checkpoint;
 so is one whose processes were killed or lost each other. Any other exit code ends the job.
 
-gke and slurm have the job when this command ends, with 0. tpu_vm stays with it, deletes its machines at the end, also
-after errors and Ctrl-C, and ends with the job's exit code; so does local with its processes. 2 is an error, told in one
-line; 130 follows Ctrl-C.
+gke and slurm have the job when this command ends, with 0; with --wait it stays until the job has ended, goes on with
+the one that is there, deletes what is left of it, also after errors and Ctrl-C, and ends with its exit code. tpu_vm
+stays with it, deletes its machines at the end, also after errors and Ctrl-C, and ends with the job's exit code; so does
+local with its processes. 2 is an error, told in one line; 130 follows Ctrl-C.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from fot import cli
 from fot.config import ExperimentConfig
 from fot.config.checks import nearest
 from fot.errors import UserError
-from launch import gke, local, record, shell, slurm, tpu_vm
+from launch import attend, gke, local, record, shell, slurm, tpu_vm
 from launch import job as jobs
 from launch.job import Job
 
@@ -70,6 +71,8 @@ class Flags:
       retries: how often the job is started again.
       dry_run: print what would run, and run nothing.
       check: compile for the topology first (fot.compile, needs libtpu), and go on only if the step fits.
+      wait: stay until the job has ended and delete what is left of it; the same again finds the job that was sent.
+      poll: seconds between two looks at a job that is waited for.
       keep: leave what was made when this command fails or is interrupted, and tpu_vm's machines at the end.
       context: gke: of kubectl; "" is the present one.
       namespace: gke: of the cluster.
@@ -104,6 +107,8 @@ class Flags:
     retries: int = 10
     dry_run: bool = False
     check: bool = False
+    wait: bool = False
+    poll: float = 10.0
     keep: bool = False
     context: str = ""
     namespace: str = "default"
@@ -178,8 +183,13 @@ def _run(argv: Sequence[str]) -> int:
         where = state.root or "a git repository"
         raise UserError(f"the machines get the source that is in {where}: run this at its root, or give --image")
     values = {"backend": command.flags.backend, "job": dataclasses.asdict(job), "place": dataclasses.asdict(place)}
-    record.save(job.workdir, values, state)
-    return backend.submit(job, place, command.flags.keep)
+
+    def begin() -> None:
+        record.save(job.workdir, values, state)
+
+    if command.flags.wait and backend is not local:  # which stays with its processes anyhow
+        return attend.attend(backend, job, place, begin, command.flags.poll)
+    return backend.submit(job, place, command.flags.keep, begin)
 
 
 def _word(word: str, argv: Sequence[str]) -> int:

@@ -177,6 +177,11 @@ def _train(job: Job) -> str:
     return shlex.join([*words, *command])
 
 
+def started(job: Job) -> str:
+    """Returns the shell command that fails on a machine where training was never started."""
+    return f"test -e {job.name}/pid"
+
+
 def follow(job: Job, line: int) -> str:
     """Returns the shell command that prints the log from a line on, until training ends."""
     return f"cd {job.name} && tail --pid=$(cat pid) --sleep-interval=0.2 --lines=+{line} --follow=name log"

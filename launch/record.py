@@ -16,6 +16,7 @@ from launch.job import BUCKET
 
 FOLDER = "launch"  # in the workdir
 LIMIT = 50 * 2**20  # bytes of files that git neither tracks nor ignores
+ABSENT = ("matched no objects", "NotFound", "not found")  # what gcloud says of an object that is not there
 ANSWER = 120.0  # seconds that git and gcloud have for an answer
 
 
@@ -81,23 +82,44 @@ def load(workdir: str) -> dict[str, Any]:
     Raises:
       UserError: there is nothing to read.
     """
+    found = newest(workdir)
+    if not found:
+        raise UserError(f"{_path(workdir, 'job.json')} does not exist: nothing was launched in this --workdir")
+    return found
+
+
+def newest(workdir: str) -> dict[str, Any]:
+    """Returns what the newest launch has written into the workdir, {} if there was none.
+
+    Raises:
+      UserError: it can't be read.
+    """
+    text = _read(workdir)
     try:
-        return json.loads(_read(workdir))
+        return json.loads(text) if text else {}
     except ValueError:
         raise UserError(f"{_path(workdir, 'job.json')} is damaged: launch again, or name another --workdir") from None
 
 
+def end(workdir: str, code: int) -> None:
+    """Writes with which exit code the newest launch has ended; raises UserError as `save` does."""
+    _write(workdir, "job.json", json.dumps({**load(workdir), "ended": code}, indent=2) + "\n")
+
+
 def _read(workdir: str) -> str:
+    """Returns the file of the newest launch, "" if there is none."""
     path = _path(workdir, "job.json")
     if workdir.startswith(BUCKET):
         done = shell.run(["gcloud", "storage", "cat", path], ANSWER)
-        if done.code:
-            raise UserError(f"can't read {path} ({done.reason}): nothing was launched in this --workdir, or log in")
-        return done.out
+        if done.code and not any(words in done.err for words in ABSENT):
+            raise UserError(f"can't read {path} ({done.reason}): look at the network, or log in by gcloud")
+        return "" if done.code else done.out
     try:
         return pathlib.Path(path).read_text()
+    except FileNotFoundError:
+        return ""
     except OSError as error:
-        raise UserError(f"can't read {path} ({error.strerror}): nothing was launched in this --workdir") from None
+        raise UserError(f"can't read {path} ({error.strerror}): name another --workdir") from None
 
 
 def _write(workdir: str, name: str, text: str) -> None:

@@ -8,17 +8,19 @@ import dataclasses
 import pathlib
 import re
 import shlex
+from collections.abc import Callable
 
 from fot import files
 from fot.errors import UserError
-from launch import shell
-from launch.job import RESTARTS, Job
+from launch import attend, shell
+from launch.job import ABSENT, RESTARTS, UNDER_WAY, Job
 
 TOOLS = ("sbatch",)
 PYTHON = ".venv/bin/python"
 SETUP = ""
 WARNING = 60  # seconds before the time limit at which the job is told to save
 PATIENCE = 60  # seconds that the other processes have to end after the first one has
+STOPPED, ENDED = "stopped", "ended"  # files beside the script: don't start it again; its exit code
 ANSWER = 120.0  # seconds that Slurm's programs have for an answer
 
 
@@ -75,7 +77,8 @@ def script(job: Job, place: Place) -> str:
         prepare="\n".join([*exports, *([job.setup] if job.setup else [])]) or ":",
         patience=PATIENCE,
         command=shlex.join(job.command),
-        stopped=shlex.quote(str(folder(job) / "stopped")),
+        stopped=shlex.quote(str(folder(job) / STOPPED)),
+        ended=shlex.quote(str(folder(job) / ENDED)),
         retries=job.retries,
         restarts="|".join(map(str, RESTARTS)),
     )
@@ -88,6 +91,7 @@ SCRIPT = """\
 # When the time is nearly up, the training processes get SIGTERM: they save and exit with 42.
 terminated=0
 step=
+trap 'code=$?; [ -e {stopped} ] || echo "$code" > {ended}' EXIT
 trap 'terminated=1; interrupted=1; kill -TERM "$step" 2>/dev/null || true' TERM
 set -e
 {prepare}
@@ -115,6 +119,7 @@ case "$code" in
   {restarts})
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
       echo "exit code $code: back into the queue" >&2
+      trap - EXIT
       scontrol requeue "$SLURM_JOB_ID" && exit 0
     else
       echo "exit code $code: {retries} retries are used up" >&2
@@ -129,13 +134,25 @@ def folder(job: Job) -> pathlib.Path:
     return pathlib.Path("slurm", job.name) if job.bucket else pathlib.Path(job.workdir).expanduser() / "launch"
 
 
-def submit(job: Job, place: Place, keep: bool) -> int:
-    """Submits the script and returns 0: Slurm has the job from here; after an error it has none."""
-    (folder(job) / "stopped").unlink(missing_ok=True)
-    path = folder(job) / "job.sh"
-    files.write(path, lambda file: file.write(script(job, place).encode()), "choose another --workdir")
+def submit(job: Job, place: Place, keep: bool, begin: Callable[[], None] = lambda: None) -> int:
+    """Submits the script and returns 0: Slurm has the job from here; after an error it has none.
+
+    Args:
+      job: the description.
+      place: where.
+      keep: leaves it after an error, too.
+      begin: writes the launch into the workdir, once it is known that no other is under way.
+
+    Raises:
+      UserError: there is one of this name, or Slurm refuses it.
+    """
     if _ids(job):
         raise UserError(f"Slurm has a job named {job.name}: delete it, or give another --name")
+    begin()
+    for name in (STOPPED, ENDED):
+        (folder(job) / name).unlink(missing_ok=True)
+    path = folder(job) / "job.sh"
+    files.write(path, lambda file: file.write(script(job, place).encode()), "choose another --workdir")
     try:
         number = shell.must(_sbatch(job), ANSWER).strip().partition(";")[0]
     except BaseException:
@@ -144,6 +161,23 @@ def submit(job: Job, place: Place, keep: bool) -> int:
         raise
     print(f"Slurm job {number} ({job.name}): its log will be {folder(job) / f'slurm-{number}.log'}")
     return 0
+
+
+def progress(job: Job, place: Place) -> int:
+    """Returns the exit code that the script has left, UNDER_WAY while Slurm has the job, else ABSENT."""
+    if _ids(job):
+        return UNDER_WAY
+    try:
+        return int((folder(job) / ENDED).read_text())
+    except (FileNotFoundError, ValueError):  # not there, or not yet written
+        return ABSENT
+
+
+def follow(job: Job, place: Place, there: bool, poll: float) -> int:
+    """Submits the script, unless the job is there, and returns its exit code when it has ended."""
+    if not there:
+        submit(job, place, False)
+    return attend.until_ended(lambda: progress(job, place), poll)
 
 
 def status(job: Job, place: Place) -> int:
@@ -165,14 +199,18 @@ def logs(job: Job, place: Place, follow: bool) -> int:
 
 def stop(job: Job, place: Place) -> int:
     """Ends the job: it saves, and is not started again."""
-    files.write(folder(job) / "stopped", lambda file: None, "choose another --workdir")
+    files.write(folder(job) / STOPPED, lambda file: None, "choose another --workdir")
     # srun's processes get SIGTERM, and what is left of them SIGKILL after Slurm's KillWait.
     numbers = _cancel(job)
     print(f"Slurm job {', '.join(numbers)} is cancelled" if numbers else f"Slurm has no job named {job.name}")
     return 0
 
 
-delete = stop  # nothing of a cancelled job is left but its logs
+def delete(job: Job, place: Place) -> int:
+    """Ends the job, if it hasn't ended; nothing is left of it but its logs."""
+    code = stop(job, place)
+    (folder(job) / ENDED).unlink(missing_ok=True)
+    return code
 
 
 def _cancel(job: Job) -> list[str]:

@@ -9,7 +9,9 @@ in its folder trials/ID of the workdir. The trials are kept by Optuna, in a file
 each. Every trial is checked before anything is created.
 
 Whatever else `launch.pod` takes describes the trials' jobs (--devices=4, --retries=2 …), and --config.name=value sets
-a field of all trials; --dry_run shows the trials. The backend is local, with one process of one device.
+a field of all trials; --dry_run shows the trials. The backend is local, with one process of one device, unless
+--backend names another. Jobs of gke, slurm and tpu_vm are found again after this command was killed, and waited for;
+pruned ones, and all after Ctrl-C, are deleted. gke and tpu_vm need --trials=gs://bucket/folder.
 
 Ends with 0 when all trials are complete or were pruned, 1 if some failed; 2 is an error, told in one line; 130 follows
 Ctrl-C, which stops all: they save, and go on with the same command.
@@ -30,12 +32,11 @@ from typing import NoReturn
 from fot import cli, files
 from fot.errors import UserError
 from launch import job as jobs
-from launch import pod, points, storage, sweep_report
+from launch import pod, points, shell, storage, sweep_report
 from launch.trials import Trials
 from launch.worker import Plan, Worker
 
 JOB = ("--backend=local", "--processes=1", "--devices=1")  # what a job is, unless told otherwise
-BACKENDS = ("local",)  # whose jobs this command can follow and stop
 DEFINITION = "sweep.json"
 
 
@@ -47,12 +48,14 @@ class Flags:
       sweep: file with get_sweep(), such as configs/sweeps/dictionary_tiny.py.
       workdir: folder of the sweep; the same again resumes.
       parallel: trials at a time, of this command.
+      trials: folder of the trials' workdirs, or bucket and folder (gs://bucket/folder); "" is trials/ of the workdir.
       storage: postgresql+psycopg://user:password@host/database; "" is a file in the workdir, for one machine.
     """
 
     sweep: str
     workdir: str
     parallel: int = 1
+    trials: str = ""
     storage: str = ""
 
 
@@ -90,6 +93,7 @@ def _run(argv: Sequence[str]) -> int:
             print(" ".join([points.trial_id(made.sweep.base, made.fixed, point), *points.words(point)]))
         return 0
     storage.library()
+    shell.need(pod.BACKENDS[made.backend].TOOLS, pod.REMEDIES)
     _keep(made, flags.sweep)
     with Trials(made.sweep, made.fixed, made.name, made.workdir, flags.storage) as trials:
         return Worker(made, trials).until_it_ends()
@@ -126,19 +130,20 @@ def plan(flags: Flags, overrides: points.Texts, job: Sequence[str]) -> Plan:
     if flags.storage:
         storage.server(flags.storage)
     for word in job:
-        if word.partition("=")[0] in ("--config", "--name"):
+        if word.partition("=")[0] in ("--config", "--name", "--wait"):
             raise UserError(f"{word} is each trial's own: the sweep file names the base, and ids name the trials")
     sweep = points.load(flags.sweep)
     sweep = dataclasses.replace(sweep, base=os.path.normpath(sweep.base))
     fixed = {**points.texts(sweep.fixed), **overrides}
     points.check(sweep, fixed)
-    known = json.dumps([sweep.base, sorted(fixed.items()), repr(sweep.space), sweep.metric, sweep.goal])
+    workdir = pathlib.Path(flags.workdir).expanduser()
+    trials = flags.trials.rstrip("/") or str(workdir / "trials")
+    known = json.dumps([sweep.base, sorted(fixed.items()), repr(sweep.space), sweep.metric, sweep.goal, flags.trials])
     name = f"{pathlib.Path(flags.sweep).stem}-{hashlib.sha256(known.encode()).hexdigest()[: points.DIGITS]}"
-    made = Plan(sweep, fixed, name, pathlib.Path(flags.workdir).expanduser(), (*JOB, *job), flags.parallel)
+    backend = [word.partition("=")[2] for word in (*JOB, *job) if word.startswith("--backend=")][-1]
+    made = Plan(sweep, fixed, name, workdir, trials, backend, (*JOB, *job), flags.parallel)
     for point in map(points.texts, points.examples(sweep.space)):
         command = cli.parse(made.command(points.trial_id(sweep.base, fixed, point), point), pod.Flags, __doc__)
-        if command.flags.backend not in BACKENDS:
-            raise UserError(f"--backend={command.flags.backend}: trials run on {', '.join(BACKENDS)} so far")
         described, place = pod.description(command)
         jobs.check(described, command.config, pod.BACKENDS[command.flags.backend].check(described, place))
     return made

@@ -3,13 +3,30 @@
 This command stays with its job: it ends when the job does, and with it the machines, whatever ended it, unless --keep.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 from fot.errors import UserError
 from launch import queued, shell, signals
-from launch.job import RETRY, Job, check_bucket, check_slice
+from launch.job import ABSENT, RETRY, UNDER_WAY, Job, check_bucket, check_slice
 from launch.machines import PATIENCE, Patience, Run
 from launch.queued import ACTIVE, GONE, RUNNING, STOPPED, Place, State
 
-__all__ = ["PYTHON", "SETUP", "TOOLS", "Place", "check", "delete", "logs", "plan", "status", "stop", "submit"]
+__all__ = [
+    "PYTHON",
+    "SETUP",
+    "TOOLS",
+    "Place",
+    "check",
+    "delete",
+    "follow",
+    "logs",
+    "plan",
+    "progress",
+    "status",
+    "stop",
+    "submit",
+]
 
 TOOLS = ("gcloud",)
 PYTHON = ".venv/bin/python"
@@ -56,13 +73,16 @@ def plan(job: Job, place: Place) -> str:
     return "".join(f"# {what}\n{shell.line(argv)}\n" for what, argv in steps)
 
 
-def submit(job: Job, place: Place, keep: bool, patience: Patience = PATIENCE) -> int:
+def submit(
+    job: Job, place: Place, keep: bool, begin: Callable[[], None] = lambda: None, patience: Patience = PATIENCE
+) -> int:
     """Runs the job to its end and returns its exit code; then, and after any error or Ctrl-C, no machine is left.
 
     Args:
       job: the description.
       place: where.
       keep: leaves the machines.
+      begin: writes the launch into the workdir, once it is known that no other is under way.
       patience: how long steps may take.
 
     Raises:
@@ -71,6 +91,7 @@ def submit(job: Job, place: Place, keep: bool, patience: Patience = PATIENCE) ->
     found = _state(job, place, patience)
     if found.name != GONE:
         raise UserError(f"queued resource {job.name} exists ({found.name}): delete it, or give another --name")
+    begin()
     run = Run(job, place, patience)
     with signals.interrupting():
         try:
@@ -81,6 +102,20 @@ def submit(job: Job, place: Place, keep: bool, patience: Patience = PATIENCE) ->
                     print(f"kept: {job.name} costs until this: {shell.line(queued.remove(job, place))}", flush=True)
                 else:
                     run.remove()
+
+
+def progress(job: Job, place: Place) -> int:
+    """Returns UNDER_WAY while there is a request, in whatever state, else ABSENT; raises UserError as `status` does."""
+    return ABSENT if _state(job, place, PATIENCE).name == GONE else UNDER_WAY
+
+
+def follow(job: Job, place: Place, there: bool, poll: float) -> int:
+    """Runs the job to its end, on the machines that a killed launcher has left if they are there.
+
+    Returns:
+      Its exit code; the machines are left.
+    """
+    return Run(job, place, dataclasses.replace(PATIENCE, poll=poll)).until_it_ends(there)
 
 
 def status(job: Job, place: Place) -> int:

@@ -4,12 +4,12 @@ A trial is an Optuna trial with two attributes, its id and its overrides. Whoeve
 the trial not finished, is the only one to run it; a trial that is RUNNING without a claim was a dead process's.
 """
 
-import json
-import math
+import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, final
 
+from fot import bucket, metrics
 from launch import points, storage
 from launch.claims import Claims, FolderClaims, ServerClaims, waited
 from launch.space import Adaptive, Sweep
@@ -247,16 +247,15 @@ def _trial(found: Any) -> Trial:
     )
 
 
-def read_curve(path: pathlib.Path, metric: str) -> dict[int, float]:
-    """Returns {step: value} of a metric in a metrics.jsonl that may still grow; {} if there is none; null is NaN."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of line is not whole yet
-    except FileNotFoundError:
-        return {}
-    curve = {}
-    for line in lines:
-        if metric.encode() in line:
-            values = json.loads(line)
-            if metric in values:
-                curve[int(values["step"])] = math.nan if values[metric] is None else float(values[metric])
-    return curve
+def read_curve(path: str, metric: str) -> dict[int, float]:
+    """Returns {step: value} of a metric in a metrics.jsonl that may still grow; {} if there is none; null is NaN.
+
+    Raises:
+      UserError: the bucket can't be read, or the file is damaged.
+    """
+    if bucket.is_bucket(path):
+        found = bucket.read(path)
+        text = found.data.decode() if found else ""
+    else:
+        text = pathlib.Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
+    return {values["step"]: float(values[metric]) for values in metrics.parsed(path, text) if metric in values}

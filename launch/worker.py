@@ -3,23 +3,28 @@
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import math
+import os
 import pathlib
 import sys
 import time
 from typing import TextIO, final
 
-from fot import files
+from fot import bucket, files
 from fot.errors import UserError
+from launch import job as jobs
 from launch import points, signals
 from launch.group import Command, Group
-from launch.job import GRACE, RESTARTS
+from launch.job import GRACE, LOST, RESTARTS
 from launch.space import Sweep
 from launch.trials import Trial, Trials, read_curve
 
 POLL = 0.2  # seconds between two looks at what runs
 PAUSE = 1.0  # seconds between two looks for trials that others may have left, and at the claims
+READ = 10.0  # seconds between two looks at the metrics in a bucket
 PATIENCE = GRACE + 15  # seconds that a job has to stop: its own, and some for its launcher
+LEAVING = 1800.0  # the same for one of another machine, which is deleted besides
 KILLS = 3  # times that a trial goes on after its launcher was killed
 LOG, METRICS = "trial.log", "metrics.jsonl"
 
@@ -33,6 +38,8 @@ class Plan:
       fixed: texts of the overrides that all trials share.
       name: of the study, the same for the same sweep.
       workdir: folder.
+      trials: folder of the trials' workdirs, or bucket and folder.
+      backend: that runs them.
       job: words of launch.pod that describe a job.
       parallel: trials at a time.
     """
@@ -41,28 +48,54 @@ class Plan:
     fixed: points.Texts
     name: str
     workdir: pathlib.Path
+    trials: str
+    backend: str
     job: tuple[str, ...]
     parallel: int
 
+    @property
+    def local(self) -> bool:
+        """Whether the trials run on this machine, and end with this command."""
+        return self.backend == "local"
+
     def folder(self, key: str) -> pathlib.Path:
-        """Returns the workdir of a trial."""
+        """Returns where the log of a trial is."""
         return self.workdir / "trials" / key
+
+    def place(self, key: str) -> str:
+        """Returns the workdir of a trial."""
+        return f"{self.trials}/{key}"
 
     def command(self, key: str, overrides: points.Texts) -> list[str]:
         """Returns the words of launch.pod for a trial."""
         own = points.words({**self.fixed, **overrides})
-        return [*self.job, f"--config={self.sweep.base}", *own, f"--workdir={self.folder(key)}"]
+        # Clusters know a job by its name alone: no other sweep has the same.
+        number = hashlib.sha256(f"{self.name}/{key}".encode()).hexdigest()[: points.DIGITS]
+        named = () if self.local else ("--wait", f"--name={jobs.default_name(number + key[points.DIGITS :])}")
+        return [*self.job, f"--config={self.sweep.base}", *own, f"--workdir={self.place(key)}", *named]
 
 
 @dataclasses.dataclass
 class _Running:
-    """A trial under way: its job, its log, and how many of its metrics are stored."""
+    """A trial under way.
+
+    Attributes:
+      trial: of the storage.
+      group: its launcher.
+      log: what that says.
+      stored: how many of its metrics are.
+      size: of the file of its metrics when it was read.
+      read: when, of a bucket.
+      pruned: when its launcher is killed, as it was told to end and didn't; inf if it wasn't told.
+    """
 
     trial: Trial
     group: Group
     log: TextIO
     stored: int = 0
     size: int = -1
+    read: float = -math.inf
+    pruned: float = math.inf
 
 
 @final
@@ -97,7 +130,8 @@ class Worker:
             if trial is None:
                 return
             folder = self._plan.folder(trial.id)
-            if _in_use(folder):  # by what a killed sweep has left, which is about to end
+            # By what a killed sweep has left, which is about to end.
+            if self._plan.local and _in_use(pathlib.Path(self._plan.place(trial.id))):
                 busy.add(trial.id)
                 self._trials.release(trial)
                 continue
@@ -105,26 +139,35 @@ class Worker:
             folder.mkdir(parents=True, exist_ok=True)
             log = open(folder / LOG, "a", encoding="utf-8", errors="replace")
             argv = [sys.executable, "-m", "launch.pod", *self._plan.command(trial.id, trial.overrides)]
-            group = Group([Command(argv, {})], lambda _, line, log=log: print(line, file=log, flush=True), PATIENCE)
+            grace = PATIENCE if self._plan.local else LEAVING
+            group = Group([Command(argv, {})], lambda _, line, log=log: print(line, file=log, flush=True), grace)
             self._running.append(_Running(trial, group, log))
             _say(trial, f"started{again}")
 
     def _advance(self, running: _Running) -> bool:
-        """Stores new metrics, and finishes the trial if it has ended or should; returns whether it did."""
+        """Stores new metrics, and tells the trial to end if it should; returns whether it is finished."""
         code = running.group.codes[0]
-        path = self._plan.folder(running.trial.id) / METRICS
-        size = path.stat().st_size if path.exists() else 0
-        if code is None and size == running.size:
+        if running.pruned < math.inf:
+            return self._pruned(running, over=code is not None)
+        if code is None and not self._grown(running):
             return False
-        running.size = size
-        curve = read_curve(path, self._plan.sweep.metric)
+        try:
+            curve = read_curve(self._metrics(running.trial), self._plan.sweep.metric)
+        except UserError as error:  # of a bucket, which may be back
+            if code is None:
+                return False
+            code, curve = code or LOST, {}
+            _say(running.trial, str(error))
         prune = len(curve) > running.stored and self._trials.report(running.trial, curve)
         running.stored = len(curve)
-        if code is None and not prune:
+        if code is None and prune:
+            running.group.terminate()  # and the others are looked at meanwhile
+            running.pruned = time.monotonic() + (PATIENCE if self._plan.local else LEAVING)
+        if code is None:
             return False
         self._end([running])
         last = curve[max(curve)] if curve else None
-        if code is None:
+        if prune:
             self._finish(running.trial, "PRUNED", last, "")
         elif code in RESTARTS and self._kills[running.trial.id] < KILLS:
             self._kills[running.trial.id] += 1
@@ -134,11 +177,38 @@ class Worker:
             log = self._plan.folder(running.trial.id) / LOG
             self._finish(running.trial, "FAIL", None, f"exit code {code}, see {log}")
         elif last is None or math.isnan(last):
-            why = f"{self._plan.sweep.metric} is {'missing' if last is None else 'not finite'} in {path}"
+            missing = "missing" if last is None else "not finite"
+            why = f"{self._plan.sweep.metric} is {missing} in {self._metrics(running.trial)}"
             self._finish(running.trial, "FAIL", None, why)
         else:
             self._finish(running.trial, "COMPLETE", last, "")
         return True
+
+    def _pruned(self, running: _Running, over: bool) -> bool:
+        """Finishes a trial that was told to end, once it has or its time is up; returns whether it is finished."""
+        if not over and time.monotonic() < running.pruned:
+            return False
+        if not over:
+            running.group.kill()
+        self._end([running])
+        curve = next(trial.curve for trial in self._trials.all() if trial.id == running.trial.id)
+        self._finish(running.trial, "PRUNED", curve[max(curve)], "")
+        return True
+
+    def _metrics(self, trial: Trial) -> str:
+        return f"{self._plan.place(trial.id)}/{METRICS}"
+
+    def _grown(self, running: _Running) -> bool:
+        """Returns whether there may be new metrics."""
+        path = self._metrics(running.trial)
+        if bucket.is_bucket(path):
+            if time.monotonic() - running.read < READ:
+                return False
+            running.read = time.monotonic()
+            return True
+        size = os.stat(path).st_size if os.path.exists(path) else 0
+        grown, running.size = size != running.size, size
+        return grown
 
     def _finish(self, trial: Trial, state: str, value: float | None, why: str) -> None:
         self._trials.finish(trial, state, value, why)

@@ -19,7 +19,8 @@ RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 TRAINER = """
 import fcntl, json, math, os, pathlib, sys, time
 words = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
-workdir = pathlib.Path(words["workdir"])
+scheme, _, bucket = words["workdir"].partition("gs://")
+workdir = pathlib.Path(os.environ["BUCKETS"], bucket) if bucket else pathlib.Path(scheme)
 workdir.mkdir(parents=True, exist_ok=True)
 lock = open(workdir / "run.lock", "a+")
 try:
@@ -38,6 +39,12 @@ with open(metrics, "a") as file:
         loss = abs(math.log10(rate) + 2) + 1 / step
         file.write(json.dumps({"step": step, "held_out/loss": loss}) + chr(10))
         file.flush()
+        if bucket:
+            import urllib.parse, urllib.request
+            name, _, path = bucket.partition("/")
+            query = urllib.parse.urlencode({"uploadType": "media", "name": path + "/metrics.jsonl"})
+            url = os.environ["STORAGE_EMULATOR_HOST"] + "/upload/storage/v1/b/" + name + "/o?" + query
+            urllib.request.urlopen(url, metrics.read_bytes()).close()
 if not (workdir / "completed").exists():
     os.write(os.open(workdir / "completed", os.O_CREAT | os.O_APPEND | os.O_WRONLY), b"once" + bytes([10]))
 """
@@ -73,10 +80,10 @@ def started(words: list[str], step: float, play: str = "") -> Iterator[subproces
             process.send_signal(signal.SIGKILL)
 
 
-def completed(workdir: pathlib.Path) -> dict[str, int]:
+def completed(workdir: pathlib.Path, trials: str = "trials/*") -> dict[str, int]:
     """Returns how often each trial has come to its end."""
-    assert not list(workdir.glob("trials/*/twice")), "a trial ran twice at a time"
-    return {path.parent.name: path.read_text().count("once") for path in workdir.glob("trials/*/completed")}
+    assert not list(workdir.glob(f"{trials}/twice")), "a trial ran twice at a time"
+    return {path.parent.name: path.read_text().count("once") for path in workdir.glob(f"{trials}/completed")}
 
 
 def steps(trial: pathlib.Path) -> list[int]:

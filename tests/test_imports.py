@@ -114,7 +114,7 @@ def test_libraries_stay_with_their_owners(path):
 
 
 # Neither takes JAX: a config is read, and a job launched, where there may be none. launch/ is a command besides.
-MAY_IMPORT = {"configs": {"config"}, "launch": {"config", "cli", "errors", "files"}}
+MAY_IMPORT = {"configs": {"config"}, "launch": {"bucket", "config", "cli", "errors", "files", "metrics"}}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -130,7 +130,7 @@ def test_configs_and_launch_import_little_of_fot(folder):
 LAUNCH_FLOORS = (
     ("job", "shell", "signals", "space", "claims"),
     ("group", "record", "queued", "points"),
-    ("machines", "storage"),
+    ("attend", "machines", "storage"),
     ("gke", "tpu_vm", "slurm", "local", "trials"),
     ("pod", "worker", "sweep_report"),
     ("sweep",),

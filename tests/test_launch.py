@@ -218,8 +218,8 @@ def test_a_workdir_that_can_not_be_written_is_an_error_before_anything_is_made(
     project, capfd, workdir, tmp_path, monkeypatch
 ):
     project.plays(["ACTIVE"])
-    for name in ("sbatch", "squeue"):
-        program(tmp_path / "slurm", name, "#!/bin/sh\nexit 9\n")
+    for name, code in (("sbatch", 9), ("squeue", 0)):  # the queue is looked at first, and has no such job
+        program(tmp_path / "slurm", name, f"#!/bin/sh\nexit {code}\n")
     on_path(monkeypatch, tmp_path / "slurm")
     backend = ["--backend=slurm"] if workdir.startswith("/") else ["--topology=v4:2x2x1"]
     assert run(*TPU, *backend, f"--workdir={workdir}") == 2

@@ -30,7 +30,7 @@ def cloud(tmp_path, monkeypatch):
 
 def submit(cloud: FakeCloud, keep: bool = False, patience: Patience = QUICK, **changes) -> int:
     changes = {"name": "job", "setup": "cat README", "python": cloud.python, "topology": "v4:2x2x1", **changes}
-    return tpu_vm.submit(job(**{"slices": 1, **changes}), ZONE, keep, patience)
+    return tpu_vm.submit(job(**{"slices": 1, **changes}), ZONE, keep, patience=patience)
 
 
 def test_commands():
@@ -228,7 +228,7 @@ from fot import cli
 from tests.test_launch_tpu_vm import QUICK, ZONE, job
 one = job(name="job", setup="true", python=sys.argv[1], topology="v4:2x2x1", slices=1)
 code = []
-failed = cli.exit_code(lambda: code.append(tpu_vm.submit(one, ZONE, False, QUICK)))
+failed = cli.exit_code(lambda: code.append(tpu_vm.submit(one, ZONE, False, patience=QUICK)))
 sys.exit(failed or code[0])
 """
 

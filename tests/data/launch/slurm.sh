@@ -14,6 +14,7 @@
 # When the time is nearly up, the training processes get SIGTERM: they save and exit with 42.
 terminated=0
 step=
+trap 'code=$?; [ -e /shared/runs/3b/launch/stopped ] || echo "$code" > /shared/runs/3b/launch/ended' EXIT
 trap 'terminated=1; interrupted=1; kill -TERM "$step" 2>/dev/null || true' TERM
 set -e
 export JAX_LOG_COMPILES=1
@@ -43,6 +44,7 @@ case "$code" in
   42|134|137|143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
       echo "exit code $code: back into the queue" >&2
+      trap - EXIT
       scontrol requeue "$SLURM_JOB_ID" && exit 0
     else
       echo "exit code $code: 3 retries are used up" >&2

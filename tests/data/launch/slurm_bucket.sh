@@ -13,6 +13,7 @@
 # When the time is nearly up, the training processes get SIGTERM: they save and exit with 42.
 terminated=0
 step=
+trap 'code=$?; [ -e slurm/fot-3b/stopped ] || echo "$code" > slurm/fot-3b/ended' EXIT
 trap 'terminated=1; interrupted=1; kill -TERM "$step" 2>/dev/null || true' TERM
 set -e
 :
@@ -40,6 +41,7 @@ case "$code" in
   42|134|137|143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt 0 ]; then
       echo "exit code $code: back into the queue" >&2
+      trap - EXIT
       scontrol requeue "$SLURM_JOB_ID" && exit 0
     else
       echo "exit code $code: 0 retries are used up" >&2

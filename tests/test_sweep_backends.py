@@ -1,0 +1,93 @@
+"""Sweeps whose trials are jobs of clusters: killed and started again, each job is sent once, and none is left."""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import pytest
+
+from launch import sweep
+from launch.trials import Trials
+from tests import fake_gcs
+from tests.launching import FakeCloud, on_path, program
+from tests.sweeping import completed, started, sweep_file, words
+
+HERE = pathlib.Path(__file__).parent
+GRID = "Grid({'optimizer.learning_rate': (1e-2, 1e-3, 1e-4)})"
+BUCKET = "gs://bucket/sweep"
+FAKES = ("sbatch", "squeue", "scancel", "srun", "kubectl")
+CLOUD = [f"--trials={BUCKET}", "--topology=v4:2x2x1", "--config.mesh.data=1"]
+JOBS = {
+    "slurm": ["--backend=slurm", "--poll=0.1", "--parallel=2"],
+    "gke": ["--backend=gke", "--poll=0.1", "--image=image", *CLOUD, "--parallel=2"],
+    "tpu_vm": ["--backend=tpu_vm", "--poll=0.1", "--zone=a", "--setup=:", *CLOUD],  # the fake has one request at a time
+}
+
+
+class Cluster:
+    """Programs on PATH that play every backend's."""
+
+    def __init__(self, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.bucket, self.cloud = folder / "cluster", folder / "buckets", FakeCloud(folder, monkeypatch)
+        self.folder.mkdir()
+        self.cloud.plays(*[["ACTIVE"]] * 9)
+        for name in FAKES:
+            fake = f'#!/bin/sh\nexec {sys.executable} -E {HERE / "fake_cluster.py"} {name} "$@"\n'
+            program(folder / "bin", name, fake)
+        on_path(monkeypatch, folder / "bin")
+        monkeypatch.setenv("CLUSTER", str(self.folder))
+        monkeypatch.setenv("BUCKETS", str(self.bucket))
+
+    @property
+    def sent(self) -> int:
+        """How many jobs were sent."""
+        calls = self.folder / "calls"
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        sent = [line for line in lines if line.startswith("sbatch") or " create " in line]
+        return len(sent) + self.cloud.verbs.count("create")
+
+    @property
+    def left(self) -> list[str]:
+        """What there is yet of jobs."""
+        return [path.name for path in self.folder.iterdir() if path.name != "calls"] + self.cloud.left
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    with fake_gcs.connected():
+        made = Cluster(tmp_path, monkeypatch)
+        yield made
+        for path in made.folder.glob("fot-*"):
+            if path.suffix != ".code":
+                os.killpg(int(path.read_text()), signal.SIGKILL)
+
+
+def folders(cluster: Cluster, workdir: pathlib.Path, backend: str) -> pathlib.Path:
+    """Returns where the fake training writes what a sweep's trials have."""
+    return workdir if backend == "slurm" else cluster.bucket / "bucket" / "sweep"
+
+
+@pytest.mark.parametrize("backend", ["slurm", "gke", pytest.param("tpu_vm", marks=pytest.mark.slow)])
+def test_killed_and_started_again_each_job_is_sent_once(cluster, tmp_path, backend):
+    given = words(tmp_path, sweep_file(tmp_path, GRID), *JOBS[backend])
+    run = tmp_path / "run"
+    trials = folders(cluster, run, backend)
+    where = "trials/*/metrics.jsonl" if backend == "slurm" else "*/metrics.jsonl"
+    with started(given, 0.4) as process:
+        while not list(trials.glob(where)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+    before = cluster.sent
+    assert before >= 1 and cluster.left
+    with started(given, 0.05) as process:
+        shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors == "", (shown, errors)
+    assert shown.count("started, again") >= before and cluster.sent == 3
+    found = Trials.read(sweep._kept(run)["study"], run, "")
+    assert [trial.state for trial in found] == ["COMPLETE"] * 3
+    assert [list(trial.curve) for trial in found] == [[1, 2, 3, 4, 5]] * 3
+    ends = completed(run) if backend == "slurm" else completed(trials, "*")
+    assert ends == {trial.id: 1 for trial in found}
+    assert cluster.left == []
