@@ -6,7 +6,7 @@
 The same command again goes on: what is done is done, and what was under way resumes from its checkpoints, under its id,
 in its folder trials/ID of the workdir. The trials are kept by Optuna, in a file of the workdir; with
 --storage=postgresql+psycopg://user:password@host/database the same command on many machines shares them, one worker
-each. Every trial is checked before anything is created.
+each; with another --study there it is a sweep of its own. Every trial is checked before anything is created.
 
 Whatever else `launch.pod` takes describes the trials' jobs (--devices=4, --retries=2 …), and --config.name=value sets
 a field of all trials; --dry_run shows the trials. The backend is local, with one process of one device, unless
@@ -50,6 +50,7 @@ class Flags:
       parallel: trials at a time, of this command.
       trials: folder of the trials' workdirs, or bucket and folder (gs://bucket/folder); "" is trials/ of the workdir.
       storage: postgresql+psycopg://user:password@host/database; "" is a file in the workdir, for one machine.
+      study: name, under which a storage has one sweep of these trials; "" is that of the sweep's file.
     """
 
     sweep: str
@@ -57,6 +58,7 @@ class Flags:
     parallel: int = 1
     trials: str = ""
     storage: str = ""
+    study: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,8 @@ def plan(flags: Flags, overrides: points.Texts, job: Sequence[str]) -> Plan:
     workdir = pathlib.Path(flags.workdir).expanduser()
     trials = flags.trials.rstrip("/") or str(workdir / "trials")
     known = json.dumps([sweep.base, sorted(fixed.items()), repr(sweep.space), sweep.metric, sweep.goal, flags.trials])
-    name = f"{pathlib.Path(flags.sweep).stem}-{hashlib.sha256(known.encode()).hexdigest()[: points.DIGITS]}"
+    digits = hashlib.sha256(known.encode()).hexdigest()[: points.DIGITS]
+    name = f"{flags.study or pathlib.Path(flags.sweep).stem}-{digits}"
     backend = [word.partition("=")[2] for word in (*JOB, *job) if word.startswith("--backend=")][-1]
     made = Plan(sweep, fixed, name, workdir, trials, backend, (*JOB, *job), flags.parallel)
     for point in map(points.texts, points.examples(sweep.space)):

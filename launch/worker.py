@@ -69,8 +69,9 @@ class Plan:
     def command(self, key: str, overrides: points.Texts) -> list[str]:
         """Returns the words of launch.pod for a trial."""
         own = points.words({**self.fixed, **overrides})
-        # Clusters know a job by its name alone: no other sweep has the same.
-        number = hashlib.sha256(f"{self.name}/{key}".encode()).hexdigest()[: points.DIGITS]
+        # Clusters know a job by its name alone: no other sweep has the same, nor this one in another workdir.
+        place = self.place(key) if bucket.is_bucket(self.trials) else os.path.abspath(self.place(key))
+        number = hashlib.sha256(f"{self.name} {place}".encode()).hexdigest()[: points.DIGITS]
         named = () if self.local else ("--wait", f"--name={jobs.default_name(number + key[points.DIGITS :])}")
         return [*self.job, f"--config={self.sweep.base}", *own, f"--workdir={self.place(key)}", *named]
 

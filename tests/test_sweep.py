@@ -255,6 +255,20 @@ def test_a_dry_run_shows_the_trials(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"[0-9a-f]{10}-learning_rate_0.1 --config.optimizer.learning_rate=0.1", shown[0])
 
 
+def test_a_sweep_of_another_name_or_place_has_other_studies_or_jobs(tmp_path, monkeypatch):
+    """The study is the storage's, which workdirs share; a cluster's jobs are known by their names alone."""
+    monkeypatch.chdir(ROOT)
+    file = str(sweep_file(tmp_path, GRID))
+
+    def plan(workdir, **more):
+        return sweep.plan(sweep.Flags(file, str(workdir), **more), {}, ["--backend=slurm"])
+
+    here, there, named = plan("a"), plan("b"), plan("a", study="mine")
+    assert here.name == there.name != named.name and named.name.startswith("mine-")
+    names = {made.command("0123456789", {})[-1] for made in (here, there, named)}
+    assert len(names) == 3 and plan(pathlib.Path("a").absolute()).command("0123456789", {})[-1] in names
+
+
 def test_halving_lets_the_best_go_on(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = points.load(str(sweep_file(tmp_path, TWELVE, "pruner=Halving(steps=1, factor=3)")))

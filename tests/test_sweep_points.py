@@ -138,3 +138,5 @@ def test_the_papers_grids():
     assert seen == {(rate, batch) for rate in (1e-2, 5e-3, 3e-3, 1e-3) for batch in (8, 16, 32)}
     for name, field in (("d", "crossbatch.d"), ("w", "crossbatch.w"), ("memory_layers", "model.memory_layers")):
         assert field in points.fields(points.load(f"configs/sweeps/paper_{name}.py").space)
+    table = points.points(points.load("configs/sweeps/paper_w_d.py").space)
+    assert [(point["crossbatch.w"], *point["crossbatch.d"]) for point in table] == [(1, 1), (1, 2), (2, 1), (2, 2)]
