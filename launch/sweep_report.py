@@ -1,13 +1,13 @@
 """What a sweep has found: a table, two pictures, and the best trial's config file."""
 
 import io
-import json
 import math
 import pathlib
+import pprint
 from collections.abc import Sequence
 from typing import Any, final
 
-from fot import files
+from fot import cli, files
 from launch.trials import Trial
 
 REMEDY = "free disk space"
@@ -66,26 +66,31 @@ def table(ordered: Sequence[Trial], metric: str) -> str:
 
 
 def best(trial: Trial, kept: dict[str, Any]) -> str:
-    """Returns a config file: the sweep's base with the trial's overrides."""
+    """Returns a config file of the trial, which stands alone; raises ConfigError if the sweep's base can't be read."""
     changes = {**kept["fixed"], **trial.overrides}
-    lines = "".join(f"    {json.dumps(name)}: {json.dumps(value)},\n" for name, value in changes.items())
-    return BEST.format(trial=trial.id, metric=kept["metric"], value=trial.value, base=kept["base"], changes=lines)
+    values = cli.override(cli.load_file(kept["base"]), changes)
+    shown = pprint.pformat(values, width=118, sort_dicts=False)
+    lines = "\n".join(f"{name} = {value}" for name, value in changes.items())
+    return BEST.format(
+        trial=trial.id, metric=kept["metric"], value=trial.value, base=kept["base"], changes=lines, values=shown
+    )
 
 
 BEST = '''\
-"""The best trial of a sweep, {trial}: {metric} {value:.5g}."""
+"""The best trial of a sweep, {trial}: {metric} {value:.5g}.
+
+{base} with
+{changes}
+"""
 
 import ml_collections
 
-from fot import cli
-
-CHANGES = {{
-{changes}}}
+VALUES = {values}
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns {base} with these changes."""
-    return ml_collections.ConfigDict(cli.override(cli.load_file("{base}"), CHANGES))
+    """Returns these values."""
+    return ml_collections.ConfigDict(VALUES)
 '''
 
 

@@ -48,8 +48,9 @@ def test_report_is_written_and_the_best_config_is_a_run(tmp_path, monkeypatch):
     shown = sweep_report.write(tmp_path, FOUND, KEPT)
     assert (tmp_path / "table.txt").read_text() in shown and "best.py" in shown
     assert "id3: held_out/loss 1.25" in (tmp_path / "best.py").read_text()
-    command = cli.parse([f"--config={tmp_path / 'best.py'}", "--workdir=x"], sweep.ReportFlags, "")
     base = config_lib.from_dict(cli.load_file(KEPT["base"]))
+    monkeypatch.chdir(tmp_path)  # it needs nothing of the folder that the sweep was started in
+    command = cli.parse([f"--config={tmp_path / 'best.py'}", "--workdir=x"], sweep.ReportFlags, "")
     changed = [line.partition(":")[0] for line in config_lib.differences(base, command.config)]
     assert sorted(changed) == [LAYERS, RATE, "train.steps"]
     assert command.config.model.memory_layers == (1, 2) and command.config.optimizer.learning_rate == 0.01
