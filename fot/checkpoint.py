@@ -21,9 +21,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fot import bucket
+from fot import bucket, distributed
 from fot.config import ExperimentConfig, TrainConfig, differences, from_dict, to_dict
-from fot.errors import CheckpointError, ConfigError
+from fot.errors import CheckpointError, ConfigError, LostError
 
 # What a resumed run may change: fields (or, with a final dot, groups of them) that alter neither what the parameters
 # mean nor which batches come next. `train.steps` is here so that a run can be made longer; with the cosine schedule
@@ -73,6 +73,7 @@ class Checkpointer:
         self._config = config
         self._manager = None
         self._step = None
+        self._unseen = False  # whether the last save has not been seen on disk yet
         self._failure = None
 
     def __enter__(self) -> "Checkpointer":
@@ -115,7 +116,7 @@ class Checkpointer:
             position=ocp.args.JsonSave(data_position),
             config=ocp.args.JsonSave(to_dict(config)),
         )
-        self._step = step
+        self._step, self._unseen = step, True
         try:
             self._manager = self._manager or _open(self._directory, self._config)
             self._manager.save(step, args=items, force=True)
@@ -135,12 +136,16 @@ class Checkpointer:
             return
         try:
             self._manager.wait_until_finished()
+            # orbax takes arrays whose writing was given up, for another's failure, for a save that was called off.
+            if self._unseen and jax.process_index() == 0 and self._step not in _steps(self._directory):
+                raise OSError("its writing was given up")
+            self._unseen = False
         except FAILURES as error:
             self._fail(error)
 
     def check(self) -> None:
         """Raises what `wait` does if the save in progress has failed by now; doesn't wait."""
-        if self._manager is None or not self._manager.is_saving_in_progress():
+        if self._manager is None or not self._manager.is_saving_in_progress() or _barriers().failed:
             self.wait()
 
     def close(self) -> None:
@@ -186,8 +191,11 @@ class Checkpointer:
 
     def _fail(self, error: BaseException) -> None:
         """Raises the CheckpointError of a failed save, now and at every later one."""
+        reason = error
+        while isinstance(reason, LostError) and reason.__context__ is not None:  # heard of after this one's own
+            reason = reason.__context__
         self._failure = CheckpointError(
-            f"the checkpoint of step {self._step} was not saved to {self._directory} ({_first_line(error)}): "
+            f"the checkpoint of step {self._step} was not saved to {self._directory} ({_first_line(reason)}): "
             "check free space and permissions there, then run the same command again"
         )
         manager, self._manager = self._manager, None
@@ -265,6 +273,7 @@ def _open(directory: epath.Path, config: TrainConfig) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         create=False,
         multiprocessing_options=_processes(),
+        async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barriers() if jax.process_count() > 1 else None),
         cleanup_tmp_directories=True,
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
     )
@@ -278,6 +287,12 @@ def _processes() -> ocp.options.MultiprocessingOptions:
     """
     several = jax.process_count() > 1
     return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())) if several else None)
+
+
+@functools.cache
+def _barriers() -> distributed.Barriers:
+    """Returns what the threads of a save wait by: of one that fails, all hear."""
+    return distributed.Barriers("saves")
 
 
 def _steps(directory: epath.Path) -> list[int]:

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, final
 
 import jax
 
@@ -127,6 +127,42 @@ def agree(name: str, value: int, seconds: float = AGREE) -> int:
     if missing:
         raise LostError(f"no word within {seconds:g} s from process {', '.join(missing)} of {_state().num_processes}")
     return max(values)
+
+
+@final
+class Barriers:
+    """Barriers that all processes come to one after the other, in the same order: one that leaves some out is found.
+
+    So one that fails, and goes on to what it does after failures, doesn't keep the others at the barriers before.
+    """
+
+    def __init__(self, name: str):
+        """Args: name: of no other `Barriers` in use."""
+        self._name, self._count, self._failed = name, 0, ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether one process has left some out: no further one waits then."""
+        return bool(self._failed)
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Returns when all have come.
+
+        Raises:
+          LostError: another process has come to another barrier; it names it.
+          jax.errors.JaxRuntimeError: some have not come in time; `lost` names them.
+        """
+        if self._failed:
+            raise LostError(self._failed)
+        client, number = _state().client, _state().process_id
+        self._count += 1
+        place = f"fot/{self._name}/{self._count}"
+        client.key_value_set(f"{place}/{number}", key)
+        client.wait_at_barrier(place, timeout_ms)
+        places = {int(path.rpartition("/")[2]): there for path, there in client.key_value_dir_get(place + "/")}
+        if others := sorted(each for each, there in places.items() if there != key):
+            self._failed = f"process {', '.join(map(str, others))} has failed in its part"
+            raise LostError(self._failed)
 
 
 def part(step: int) -> None:

@@ -1,5 +1,6 @@
 """What comes back is what was saved, on any mesh; what was not saved whole is never taken for a checkpoint."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -174,6 +175,16 @@ def break_disk(patch: pytest.MonkeyPatch) -> None:
         raise OSError("disk on fire")
 
     patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", fail)
+
+
+def test_a_save_that_was_given_up_in_the_background_is_a_failed_one(tmp_path, monkeypatch):
+    async def give_up(*_):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", give_up)
+    with pytest.raises(CheckpointError, match="step 2 was not saved"), Checkpointer(tmp_path, KEEP) as checkpointer:
+        checkpointer.save(2, make_state(2), POSITION, CONFIG)
+        checkpointer.wait()
 
 
 def test_failed_save_raises_at_the_next_save(tmp_path, monkeypatch):

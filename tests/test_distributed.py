@@ -90,7 +90,7 @@ def test_errors_for_want_of_another_process_are_told_from_others():
 PROGRAM = """
 import os, sys, threading, time
 from fot import distributed
-from fot.errors import UserError
+from fot.errors import LostError, UserError
 
 number, told = int(os.environ["JAX_PROCESS_ID"]), threading.Event()
 time.sleep(float(sys.argv[1]) if number == int(sys.argv[2]) else 0)
@@ -150,6 +150,19 @@ def test_who_does_not_come_to_a_barrier_is_named():
     wait = "distributed._state().client.wait_at_barrier('saved', 1000)"
     (code, _, errors), _ = ran(f"time.sleep(6) if number else {wait}")
     assert code == 42 and errors.startswith("error: process 1 is gone (DEADLINE_EXCEEDED: Barrier timed out."), errors
+
+
+def test_one_that_leaves_barriers_out_is_named_and_nobody_waits_for_it():
+    body = (
+        "both = distributed.Barriers('both')\nboth(key='begin', timeout_ms=60_000)\n"
+        "for key in ('failed',) if number else ('written', 'renamed'):\n"
+        "    try:\n        both(key=key, timeout_ms=60_000)\n"
+        "    except LostError as error:\n        print(error, both.failed)\n"
+        "distributed.agree('end', 1, 60)"
+    )
+    first, second = ran(body)
+    assert first[:2] == (0, "process 1 has failed in its part True\n" * 2 + "over\n"), first
+    assert second[:2] == (0, "process 0 has failed in its part True\nover\n"), second
 
 
 def test_sigterm_to_one_ends_all():
