@@ -278,6 +278,7 @@ def test_a_pack_that_is_no_document_and_a_vocabulary_too_small_are_refused():
         DataConfig(task=("dictionary", "python_stdlib"))
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_and_goes_on_reads_what_the_whole_run_reads(tmp_path):
     """Through a phase of records, and with a d that grows by accuracy, but not before its time."""
     small = experiment(

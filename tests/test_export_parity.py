@@ -116,7 +116,7 @@ def test_logits_of_padded_batches(name, side, torch_models):
             np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["several", "none", "no_positions"])
+@pytest.mark.parametrize("name", ["several", "none", pytest.param("no_positions", marks=pytest.mark.slow)])
 def test_greedy_tokens_across_overflows(name, torch_models):
     """Padding by whole windows, as the PyTorch model, like the released code, moves the cache of all rows at once."""
     import torch

@@ -39,6 +39,7 @@ def test_readers_that_find_everything_generate_what_dense_does(reader, mesh, tin
     assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
 
 
+@pytest.mark.slow
 def test_rows_and_heads_are_spread_over_devices(mesh, tiny):
     prompts, many = prompts_of((30, 20, 7)), sharding.make_mesh(config_lib.MeshConfig(tensor=2), jax.devices())
     config = tiny_config_of(max_new_tokens=12)

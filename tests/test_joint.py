@@ -67,7 +67,9 @@ def with_jnp(config: ModelConfig) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    ("positions", "qk_norm", "loss_rows"), [("zero", False, "all"), ("none", True, "last")], ids=["LLaMA", "paper"]
+    ("positions", "qk_norm", "loss_rows"),
+    [pytest.param("zero", False, "all", marks=pytest.mark.slow), ("none", True, "last")],
+    ids=["LLaMA", "paper"],
 )
 def test_the_model_is_the_same_with_kernels(positions, qk_norm, loss_rows):
     """With RoPE or without, temperatures or none, all rows or those with a loss; and how it reads its contexts."""

@@ -236,6 +236,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_references():
         assert kernel < 2 * reference + 0.02
 
 
+@pytest.mark.slow
 def test_two_cores_do_not_race():
     """Memory that nothing was written to is not a number; heads are shared out to the cores of a megacore chip."""
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)

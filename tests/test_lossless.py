@@ -68,6 +68,7 @@ def kill_again_and_again(place: Place, workdir: str, in_run: int, in_save: int, 
     assert process.wait() == 0, place.errors(workdir)
 
 
+@pytest.mark.slow
 def test_a_killed_run_cannot_be_told_from_a_whole_one(place):
     kill_again_and_again(place, "killed", in_run=2, in_save=2, seed=0)
     assert_nobody_can_tell(place, "killed")

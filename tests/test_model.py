@@ -211,7 +211,7 @@ def test_unroll_changes_no_result(unroll):
     close(apply(dataclasses.replace(config, unroll=unroll), kept=True).hidden, apply(config, kept=True).hidden, 1e-6)
 
 
-@pytest.mark.parametrize("remat", [remat for remat in REMATS if remat != "none"])
+@pytest.mark.parametrize("remat", ["full", *(pytest.param(each, marks=pytest.mark.slow) for each in REMATS[1:-1])])
 def test_remat_changes_no_gradient(remat):
     close(gradients(dataclasses.replace(LLAMA, remat=remat)), gradients(LLAMA))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -149,15 +150,21 @@ def close(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), left, right)
 
 
+USUAL = (
+    ("next", "fsdp"),
+    ("all shards", "data, fsdp"),
+    ("segments", "data, fsdp, tensor"),
+    ("released", "fsdp, sequence"),
+)
+
+
 def _pairs():
-    """Every case with every mesh; but for one mesh a case, and a second one of the largest, only when asked for."""
-    for number, case in enumerate(CASES):
-        for mesh_number, mesh in enumerate(MESHES):
-            usual = mesh_number == number % len(MESHES) or (case, mesh) == ("all shards", "data, fsdp")
-            yield pytest.param(case, mesh, marks=[] if usual else [pytest.mark.slow])
+    """Every case with every mesh; but for one case a mesh, only when asked for."""
+    for pair in itertools.product(CASES, MESHES):
+        yield pytest.param(*pair, marks=[] if pair in USUAL else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("case", "mesh"), list(_pairs()))
+@pytest.mark.parametrize(("case", "mesh"), [*_pairs()])
 def test_around_the_ring_are_the_values_and_gradients_of_one_device(case, mesh):
     with set_mesh(MESHES[mesh]):
         spread = results(table_of(case), "ring")

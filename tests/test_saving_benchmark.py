@@ -6,12 +6,15 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from fot import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEYS = {"case", "config", "hosts", "arrays", "bytes", "seconds", "exit_code", "newest", "whole"}
 
 
+@pytest.mark.slow
 def test_a_save_that_is_cut_leaves_the_last_one_whole(tmp_path):
     command = [sys.executable, "-m", "benchmarks.saving", "--quick", f"--directory={tmp_path}"]
     variables = os.environ | {"JAX_PLATFORMS": "cpu"}

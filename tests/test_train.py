@@ -170,6 +170,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(config, tmp_p
     assert read == [step * whole.data.batch_size * whole.data.context for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit_through_a_change_of_d(config, tmp_path):
     config = replace(
         config,
