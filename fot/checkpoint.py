@@ -367,6 +367,8 @@ def _damaged(folder: epath.Path, reason: str) -> CheckpointError:
 
 
 def _first_line(error: BaseException) -> str:
-    """Returns the reason alone: tensorstore tells its whole request after it."""
+    """Returns the first reason, which names array or file; what came of it, and tensorstore's whole request, do not."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
     return lines[0] if lines else type(error).__name__

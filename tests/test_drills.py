@@ -218,13 +218,13 @@ def a_shard_file_is_damaged(run: Run, draw: random.Random) -> None:
         process.kill()
         codes([process])
     newest = run.workdir / "checkpoints" / str(max(run.complete()))
-    shard = draw.choice(sorted(newest.glob("state/ocdbt.process_0/d/*")))
-    os.truncate(shard, draw.randrange(shard.stat().st_size))
+    shard = max(newest.glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, draw.randrange(shard.stat().st_size // 2))
     with run.started() as [process]:
         assert codes([process]) == [cli.USER_ERROR]
     [line] = run.place.errors(run.name)
     assert line.startswith(f"error: checkpoint {newest} can't be read") and "to go back to the one before" in line
-    assert len(line) < 1000 and shard.name in line
+    assert len(line) < 1000 and ("params." in line or "optimizer." in line), line  # the array
     shutil.rmtree(newest)  # as it says
 
 
