@@ -51,7 +51,19 @@ def attend(backend: ModuleType, job: Job, place: Any, begin: Callable[[], None],
                 _remove(backend, job, place, poll)
 
 
-def until_ended(progress: Callable[[], int], poll: float) -> int:
+def follower(submit: Callable[[Job, Any, bool], int], progress: Callable[[Job, Any], int]) -> Callable[..., int]:
+    """Returns the `follow` of a backend whose jobs go on without a command, as a cluster's do."""
+
+    def follow(job: Job, place: Any, there: bool, poll: float) -> int:
+        """Submits the job, unless it is there, and returns its exit code when it has ended."""
+        if not there:
+            submit(job, place, False)
+        return _until_ended(lambda: progress(job, place), poll)
+
+    return follow
+
+
+def _until_ended(progress: Callable[[], int], poll: float) -> int:
     """Looks at a job until it has ended, and returns its exit code; `LOST` if it is gone without one.
 
     Raises:

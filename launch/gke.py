@@ -192,11 +192,7 @@ def progress(job: Job, place: Place) -> int:
     return 0 if "Completed" in true else 1 if "Failed" in true else UNDER_WAY
 
 
-def follow(job: Job, place: Place, there: bool, poll: float) -> int:
-    """Creates the JobSet, unless it is there, and returns its exit code when it has ended."""
-    if not there:
-        submit(job, place, False)
-    return attend.until_ended(lambda: progress(job, place), poll)
+follow = attend.follower(submit, progress)
 
 
 def status(job: Job, place: Place) -> int:

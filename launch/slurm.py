@@ -173,11 +173,7 @@ def progress(job: Job, place: Place) -> int:
         return ABSENT
 
 
-def follow(job: Job, place: Place, there: bool, poll: float) -> int:
-    """Submits the script, unless the job is there, and returns its exit code when it has ended."""
-    if not there:
-        submit(job, place, False)
-    return attend.until_ended(lambda: progress(job, place), poll)
+follow = attend.follower(submit, progress)
 
 
 def status(job: Job, place: Place) -> int:
