@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fot import device
 from fot.config import RopeScalingConfig
+from fot.config.mesh import MESH_AXES
 
 OUTPUT = "attention"  # for remat policies: what attention gave; with it and q, k, v kept, nothing of it runs again
 
@@ -243,8 +245,32 @@ def _transpose(product_BGHS: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return product_BGHS.swapaxes(2, 3)
 
 
+_CACHE_LOGITS = 2**20  # 4 MiB of them, which stay in a CPU's cache from one operation to the next
+
+
+def _by_heads(f: Callable, arrays: tuple[jax.Array, ...], block: int) -> tuple[jax.Array, ...]:
+    """Returns f(*arrays), where every array is [B, G, …]; on a CPU, of few heads after few others.
+
+    As many at once as have logits that stay in its cache, of `block` queries; all where a mesh splits the heads.
+    """
+    (B, G, R, T), mesh = arrays[0].shape[:4], jax.sharding.get_abstract_mesh()
+    if device.platform() != "cpu" or (not mesh.empty and mesh.shape.get(MESH_AXES["kv_heads"], 1) > 1):
+        return f(*arrays)
+    most = max(1, _CACHE_LOGITS // (B * R * min(block, T) * T))
+    count = max(n for n in range(1, G + 1) if G % n == 0 and n <= most)
+    if count == G:
+        return f(*arrays)
+    parts = tuple(jnp.moveaxis(x.reshape(B, G // count, count, *x.shape[2:]), 1, 0) for x in arrays)
+    done = jax.lax.map(lambda part: f(*part), parts)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, G, *x.shape[3:]) for x in done)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _causal(q_BGRTH, k_BGSH, v_BGSH, tokens, block):
+    return _by_heads(functools.partial(_causal_heads, tokens=tokens, block=block), (q_BGRTH, k_BGSH, v_BGSH), block)
+
+
+def _causal_heads(q_BGRTH, k_BGSH, v_BGSH, *, tokens, block):
     T = q_BGRTH.shape[3]
     nobody_B = jnp.zeros(q_BGRTH.shape[0], bool)
     outs, lses = [], []
@@ -270,9 +296,14 @@ def _causal_forward(q, k, v, tokens, block):
 def _causal_backward(block, saved, cotangents):
     q, k, v, tokens, out, lse = saved
     dout, dlse = cotangents
+    delta = (dout * out).sum(-1) - dlse
+    backward = functools.partial(_causal_heads_backward, tokens=tokens, block=block)
+    return *_by_heads(backward, (q, k, v, lse, delta, dout), block), None
+
+
+def _causal_heads_backward(q, k, v, lse, delta, dout, *, tokens, block):
     T = q.shape[3]
     nobody_B = jnp.zeros(q.shape[0], bool)
-    delta = (dout * out).sum(-1) - dlse
     dqs = []
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for i in range(0, T, block):
@@ -290,7 +321,7 @@ def _causal_backward(block, saved, cotangents):
         dqs.append(g.q)
         dk, dv = dk.at[..., past, :].add(g.k), dv.at[..., past, :].add(g.v)
     dq = jnp.concatenate(dqs, axis=3)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _causal.defvjp(_causal_forward, _causal_backward)

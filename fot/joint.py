@@ -1,12 +1,9 @@
 """Crossbatch attention by the kernels of `fot.kernels`: when they can run, and what each device does."""
 
-import functools
-import logging
-
 import jax
 import numpy as np
 
-from fot import ring, sharding
+from fot import device, ring, sharding
 from fot.attention import Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
@@ -16,40 +13,19 @@ from fot.kernels.passes import Keys
 from fot.memory import Memory
 
 BLOCK = 512  # tokens of a row that a kernel has at once; its logits of 512 × 512 fit into every generation's VMEM
-_TOO_OLD = ("TPU v2", "TPU v3")  # Mosaic has no bfloat16 products for them
-
-_log = logging.getLogger(__name__)
 
 
 def runs(config: ModelConfig, table: Table | None, memory: Memory | None) -> bool:
     """Tells whether the kernels compute a memory layer's attention: one softmax over the row and its contexts.
 
-    Where the devices are TPUs that can't, that is logged once.
-
     Args:
-      config: its `attention_kernel` "jnp" says never; "auto" on TPUs; "pallas" also elsewhere, interpreted.
+      config: of the model.
       table: of the rows' contexts, if there is one.
       memory: what else the layer reads.
     """
-    choice = config.attention_kernel
-    if choice == "jnp" or config.memory_gate or table is None or table.contexts_BC.shape[1] == 0 or memory is not None:
+    if config.memory_gate or table is None or table.contexts_BC.shape[1] == 0 or memory is not None:
         return False
-    platform, kind = _device()
-    if kind.startswith(_TOO_OLD):
-        _tell(kind)
-        return False
-    return choice == "pallas" or platform == "tpu"
-
-
-@functools.cache
-def _tell(kind: str) -> None:
-    _log.warning("%s runs no attention kernels: crossbatch attention takes its jnp form (model.attention_kernel)", kind)
-
-
-def _device() -> tuple[str, str]:
-    """Returns platform and kind of the devices; of those to compile for, which need not be there."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.platform, device.device_kind
+    return device.runs_kernels(config.attention_kernel)
 
 
 @jax.named_scope("contexts")
@@ -83,7 +59,7 @@ def attend(
         q, near, far = with_heads
         queries, tokens, plans = of_rows
         far, tokens = route.bring((far, tokens))
-        return kernels.attend_around(q, near, far, queries, tokens, plans, route.trip, BLOCK, _device()[0] != "tpu")
+        return kernels.attend_around(q, near, far, queries, tokens, plans, route.trip, BLOCK, device.interprets())
 
     return route.over_devices(
         here, (q_ATNH, near, far), (queries, tokens, jax.tree.map(np.asarray, plans)), sharding.AXES

@@ -14,7 +14,7 @@ FLOORS = (
     ("errors", "rollcall"),
     ("bucket",),
     ("config", "files"),
-    ("cli", "lease"),
+    ("cli", "device", "lease"),
     ("distributed",),
     ("sharding", "attention", "batch", "flops", "lean", "metrics", "profiling", "termination"),
     ("memory", "crossbatch", "layers"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from fot import attention, crossbatch, joint, model, sharding
+from fot import attention, crossbatch, device, joint, model, sharding
 from fot import config as config_lib
 from fot.attention import Tokens
 from fot.config import CrossbatchConfig, MeshConfig, ModelConfig
@@ -122,8 +122,8 @@ TABLE = crossbatch.make_table(CROSSBATCH, B, 2)
 
 def on(kind: str, platform: str = "tpu"):
     """Devices of this kind, which are not there."""
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device))
+    absent = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=absent))
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_kernels_run_on_tpus_that_can_and_elsewhere_when_asked(kind, platform, r
 
 
 def test_a_v3_says_once_that_it_has_the_jnp_form(caplog):
-    joint._tell.cache_clear()
+    device._tell.cache_clear()
     with on("TPU v3"), caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert not joint.runs(MODEL, TABLE, None)
         assert not joint.runs(with_jnp(MODEL), TABLE, None)
     (record,) = caplog.records
-    assert record.getMessage().startswith("TPU v3 runs no attention kernels: crossbatch attention takes its jnp form")
+    assert record.getMessage().startswith("TPU v3 runs no attention kernels: attention takes its jnp forms")
 
 
 def test_the_default_on_a_cpu_has_no_kernel_in_it():
