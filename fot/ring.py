@@ -76,7 +76,7 @@ def route(table: Table, rows: int, exchange: str) -> Route:
       exchange: as in `ModelConfig.attention_exchange`; nothing is exchanged where contexts are of their query's shard.
     """
     shards = sharding.row_shards()
-    if len(table.contexts_BC) % shards or rows % shards:
+    if not (sharding.rows_of(len(table.contexts_BC)) and sharding.rows_of(rows)):
         return Route(None, False, Trip(1, (0,)), (_filled(table),), rows)
     offset_BC = offsets(table, rows, shards)
     needed = sorted({0, *np.unique(offset_BC[table.contexts_BC >= 0]).tolist()})

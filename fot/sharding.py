@@ -108,6 +108,11 @@ def row_shards() -> int:
     return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
+def rows_of(count: int) -> tuple[str, ...] | None:
+    """Returns the mesh axes over which so many rows can be split; None if they can't be split evenly."""
+    return None if count % row_shards() else ROWS
+
+
 def activation(x: jax.Array, name: str) -> jax.Array:
     """Tells the compiler where an activation, and its cotangent, lies on the mesh of `jax.set_mesh`.
 

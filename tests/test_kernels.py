@@ -14,6 +14,7 @@ from fot.config import CrossbatchConfig
 from fot.contexts import attend_contexts
 from fot.crossbatch import VARIANTS, Table
 from fot.kernels import crossbatch as kernels
+from fot.kernels.blocks import blocks_of
 from fot.kernels.passes import Keys
 from fot.kernels.plan import FIRST, JOINT, KIND, LAST, NEAR, NEGATIVE, NOTHING, POSITIVE, Plan, make_plan
 
@@ -164,7 +165,7 @@ def test_shards_have_lists_of_their_own_of_one_length():
     [(2048, 512, (512, 4)), (640, 512, (384, 2)), (100, 512, (100, 1)), (12, 5, (5, 3)), (513, 512, (384, 2))],
 )
 def test_rows_are_cut_into_few_and_even_blocks(length, block, blocks):
-    assert kernels.blocks_of(length, block) == blocks
+    assert blocks_of(length, block) == blocks
 
 
 # The kernels.

@@ -1,4 +1,4 @@
-"""How the kernels see arrays: block by block, each picked by a list of `fot.kernels.plan`."""
+"""How kernels see arrays: block by block; those of crossbatch attention pick each by a list of `fot.kernels.plan`."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 Where = Callable[..., tuple[jax.Array, jax.Array]]  # (grid indices, lists) → block of tokens, head
+
+
+def blocks_of(length: int, block: int) -> tuple[int, int]:
+    """Returns how long the blocks of a row are, and how many: as few and as even as `block` allows.
+
+    Those of a row that is cut are multiples of 128 tokens, as a TPU wants them, if `block` is.
+    """
+    count = -(-length // block)
+    unit = min(block, 128)
+    return (length, 1) if count == 1 else (min(-(-length // (count * unit)) * unit, block), count)
 
 
 class Blocks(NamedTuple):

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fot import attention, ring
 from fot.attention import Partial, Tokens
 from fot.kernels import passes
-from fot.kernels.blocks import Blocks
+from fot.kernels.blocks import Blocks, blocks_of
 from fot.kernels.passes import Keys
 from fot.kernels.plan import Plan, make_plan
 from fot.ring import Trip
@@ -39,16 +39,6 @@ class Joint(NamedTuple):
     def share(self) -> jax.Array:
         """[A, T, N] float32, the weight that all contexts have together."""
         return jnp.where(self.lse == -jnp.inf, 0.0, -jnp.expm1(self.local_lse - attention.finite(self.lse)))
-
-
-def blocks_of(length: int, block: int) -> tuple[int, int]:
-    """Returns how long the blocks of a row are, and how many: as few and as even as `block` allows.
-
-    Those of a row that is cut are multiples of 128 tokens, as a TPU wants them, if `block` is.
-    """
-    count = -(-length // block)
-    unit = min(block, 128)
-    return (length, 1) if count == 1 else (min(-(-length // (count * unit)) * unit, block), count)
 
 
 def plan(
