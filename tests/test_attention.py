@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fot import attention
+from fot import attention, sharding
 from fot.attention import Partial, Tokens
-from fot.config import RopeScalingConfig
+from fot.config import MeshConfig, RopeScalingConfig
 
 B, T, N, G, H = 3, 8, 4, 2, 4
 BLOCKS = [3, 8, 64]
@@ -76,6 +76,26 @@ def test_local_attention_is_the_plain_softmax_in_value_and_gradient(local, block
     part, gradients = local(*qkv(), block)
     close(part, plain(*qkv(), VISIBLE))
     close(gradients, jax.jit(jax.grad(lambda *x: score(plain(*x, VISIBLE)), argnums=(0, 1, 2)))(*qkv()))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_heads_one_after_the_other_change_no_number_and_a_mesh_that_splits_them_has_all_at_once(monkeypatch, tensor):
+    """As where a cache holds no more than one head's logits."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1, tensor=tensor), jax.devices()[:tensor])
+
+    def run(q, k, v):
+        def loss(*qkv):
+            part = attention.attend_local(*qkv, TOKENS, 3)
+            return score(part), part
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    with jax.set_mesh(mesh):
+        wanted = jax.jit(run)(*qkv())
+        monkeypatch.setattr(attention, "_CACHE_LOGITS", 1)
+        traced = jax.jit(lambda *x: run(*x)).trace(*qkv())
+        close(traced.lower().compile()(*qkv()), wanted)
+    assert (str(traced.jaxpr).count("scan[") == 2) == (tensor == 1)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
