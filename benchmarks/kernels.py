@@ -1,12 +1,15 @@
-"""What the TPU's compiler makes of a memory layer's attention, forward and backward, on a pod that isn't there.
+"""What the TPU's compiler makes of a memory layer's attention, on a pod that isn't there.
 
   python -m benchmarks.kernels        # LLaMA 3B on v4: 16 rows and 4 heads a device, LongLLaMA's segments
   python -m benchmarks.kernels --topology=v5e:2x2 --case=kernel
   python -m benchmarks.kernels --rows=4 --heads=1 --head_dim=64 --context=256
 
-Cases: "local" is the row alone, as without crossbatch; "jnp" its contexts too, column by column; "kernel" the same by
-the Pallas kernels. stdout has JSON, a line a case. Nothing is measured: "cycles" are the compiler's own estimate, which
-has none for kernels; "kernel_cycles" are what these say that they do, at the hardware's peak: less than they will take.
+Cases of training, forward and backward: "local" is the row alone, as without crossbatch; "jnp" its contexts too, column
+by column; "kernel" the same by the Pallas kernels. Cases of reading a bfloat16 memory of `--slots` slots, one row, by a
+window of queries and by one: "memory_jnp" and "memory_kernel" are the reader "dense", then the readers that choose.
+
+stdout has JSON, a line a case. Nothing is measured: "cycles" are the compiler's own estimate, which has none for
+kernels; "kernel_cycles" are what these say that they do, at the hardware's peak: less than they will take.
 """
 
 import argparse
@@ -15,14 +18,18 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from fot import attention, crossbatch, joint, sharding
 from fot.attention import Tokens
 from fot.compile import costs, generations, hlo
-from fot.config import CrossbatchConfig, MeshConfig
+from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig, ModelConfig
 from fot.contexts import attend_contexts
 from fot.kernels.passes import Keys
+from fot.memory import Slots
+from fot.readers.reader import of_config
+from fot.readers.table import read
 from fot.sharding import ROWS
 
 BLOCK = 512  # queries per block of logits of the jnp forms, as in the LongLLaMA configs
@@ -41,27 +48,58 @@ def kernel(q, near, far, v, tokens, table):
     return joint.attend(q, Keys(near, v), Keys(far, v), tokens, tokens, table).out
 
 
-CASES = {"local": local, "jnp": contexts, "kernel": kernel}
+TRAINING = {"local": local, "jnp": contexts, "kernel": kernel}
+# Reader and `model.attention_kernel`.
+READING = {
+    "memory_jnp": ("dense", "jnp"),
+    "memory_kernel": ("dense", "auto"),
+    "memory_knn": ("knn", "jnp"),
+    "memory_approximate": ("approximate", "jnp"),
+}
+CASES = (*TRAINING, *(f"{case}_{queries}" for case in READING for queries in ("window", "one")))
 
 
-def line(case: str, flags: argparse.Namespace) -> dict[str, str | int | float]:
-    """Compiles one case for four devices, rows over two and heads over two."""
-    generation = generations.check(flags.topology)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), generations.devices(flags.topology)[:4])
+def training(case: str, flags: argparse.Namespace, mesh: Mesh) -> Lowered:
+    """Rows over two devices and heads over two."""
     rows, T = 2 * flags.rows, flags.context
     table = crossbatch.make_table(CrossbatchConfig(variant="segments", packing=4, groups=2), rows, 1)
 
     def loss(q, near, far, v, documents, positions):
-        out = CASES[case](q, near, far, v, Tokens(documents, positions), table)
+        out = TRAINING[case](q, near, far, v, Tokens(documents, positions), table)
         return (out.astype(jnp.float32) ** 2).sum()
 
     spread = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
     array = jax.ShapeDtypeStruct((rows, T, 2 * flags.heads, flags.head_dim), jnp.bfloat16, sharding=spread)
     numbers = jax.ShapeDtypeStruct((rows, T), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*4 * [array], numbers, numbers)
+
+
+def reading(case: str, flags: argparse.Namespace, mesh: Mesh) -> Lowered:
+    """A row for each of two devices, heads over two."""
+    name, _, queries = case.rpartition("_")
+    reader, choice = READING[name]
+    config = ExperimentConfig(model=ModelConfig(attention_kernel=choice))
+    heads, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((ROWS, "tensor"), (ROWS,)))
+    T = flags.context if queries == "window" else 1
+    q = jax.ShapeDtypeStruct(
+        (2, T, 2 * flags.heads, flags.head_dim),
+        jnp.bfloat16,
+        sharding=NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor")),
+    )
+    entries = jax.ShapeDtypeStruct((2, 2 * flags.heads, flags.slots, flags.head_dim), jnp.bfloat16, sharding=heads)
+    documents = (jax.ShapeDtypeStruct((2, count), jnp.int32, sharding=rows) for count in (T, flags.slots))
+    asked, held = documents
+    how = of_config(reader, config)
+    return jax.jit(lambda *x: read(*x, how)).lower(q, asked, Slots(entries, entries, held))
+
+
+def line(case: str, flags: argparse.Namespace) -> dict[str, str | int | float]:
+    """Compiles one case for four devices."""
+    generation = generations.check(flags.topology)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), generations.devices(flags.topology)[:4])
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
-        compiled = step.lower(*4 * [array], numbers, numbers).compile()
+        compiled = (training if case in TRAINING else reading)(case, flags, mesh).compile()
     program = hlo.parse(compiled.as_text())
     return {
         "case": case,
@@ -80,6 +118,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4, help="of a device")
     parser.add_argument("--head_dim", type=int, default=100)
     parser.add_argument("--context", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--slots", type=int, default=2**18, help="of the memory")
     parser.add_argument("--case", choices=CASES, default=None)
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken

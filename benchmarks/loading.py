@@ -68,12 +68,12 @@ def windows(length: int, size: int) -> Iterator[Batch]:
 
 def run_case(name: str, size_name: str) -> Line:
     """Measures one length in this process."""
-    size, evaluate = SIZES[size_name], config_lib.EvaluateConfig()
+    size, config = SIZES[size_name], config_lib.ExperimentConfig()
     length, longest = size.lengths[name], max(size.lengths.values())
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices())
     params = jax.jit(lambda key: model.init(key, MODEL))(jax.random.key(0))
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    how = loading.Loading(of_config("knn", evaluate), evaluate.windows, "refuse")
+    how = loading.Loading(of_config("knn", config), config.evaluate.windows, "refuse")
     store = loading.store(mesh)
 
     def fill(count: int) -> float:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fot import attention
 from fot.attention import Partial
 from fot.config import ModelConfig
 from fot.memory import Slots
-from fot.readers.reader import Block, fold
+from fot.readers.dense import dense
+from fot.readers.reader import Reader
 
 
 class Entries(NamedTuple):
@@ -104,29 +104,21 @@ def forget(cache: Cache, rows_B: jax.Array) -> Cache:
     return cache._replace(length=jnp.where(rows_B, 0, cache.length))
 
 
-def attend(q_BTNH: jax.Array, keys_BGSH: jax.Array, values_BGSH: jax.Array, length_B: jax.Array, block: int) -> Partial:
-    """Attention to all entries of a layer's cache, streamed in blocks.
+def attend(
+    q_BTNH: jax.Array, keys_BGSH: jax.Array, values_BGSH: jax.Array, length_B: jax.Array, reader: Reader
+) -> Partial:
+    """Attention to all entries of a layer's cache.
 
     Args:
       q_BTNH: queries, scaled, and rotated to their places if the keys are.
       keys_BGSH: keys of the cache.
       values_BGSH: values of the cache.
       length_B: entries of each row.
-      block: entries scored at once.
+      reader: its `block` and `attention_kernel` count.
 
     Returns:
       Partial attention over what came before the queries.
     """
-    q = attention.split_heads(q_BTNH, keys_BGSH.shape[1])
     document_BS = jnp.where(jnp.arange(keys_BGSH.shape[2]) < length_B[:, None], 0, -1)
-
-    def step(running: attention.Running, block: Block) -> attention.Running:
-        s = attention.logits(q, block.keys, (block.documents >= 0)[:, None])
-        return attention.accumulate(running, s, block.values)
-
-    if attention.few(q, keys_BGSH):
-        running = attention.attend_few(q, keys_BGSH, values_BGSH, (document_BS >= 0)[:, None])
-    else:
-        running = fold(step, attention.start(q), Slots(keys_BGSH, values_BGSH, document_BS), block)
-    out, lse = attention.finish(running)
-    return Partial(attention.join_heads(out), attention.join_heads(lse[..., None])[..., 0])
+    document_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
+    return dense(q_BTNH, document_BT, Slots(keys_BGSH, values_BGSH, document_BS), reader)

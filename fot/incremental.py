@@ -64,7 +64,7 @@ def extension(config: ModelConfig, reader: Reader, mesh: Mesh) -> Callable[..., 
 
     Args:
       config: the model.
-      reader: how memory layers read; its `block` is that of the cache too.
+      reader: how memory layers read; its `block` and `attention_kernel` are those of the cache too.
       mesh: where everything lives.
 
     Returns:
@@ -145,7 +145,7 @@ def _extend_layer(
     local = attention.attend_local(q, k, v, tokens, config.attention_block)
     if cache is not None:
         [keys], [values] = cache.keys, cache.values
-        local = attention.merge(local, caches.attend(q, keys, values, cache.length, reader.block))
+        local = attention.merge(local, caches.attend(q, keys, values, cache.length, reader))
     remote = []
     if number is not None and memory is not None:
         remote.append(readers.read(q, tokens.documents, memory.slots(number), reader))

@@ -72,7 +72,7 @@ def setup_of(config: ExperimentConfig, mesh: Mesh) -> Setup:
         memory_dtype=config.model.compute_dtype if settings.memory_dtype == "compute" else settings.memory_dtype,
         memory_block=settings.memory_block,
         windows=settings.windows,
-        reader=of_config(settings.reader, config.evaluate),
+        reader=of_config(settings.reader, config),
         mesh=mesh,
     )
 

@@ -140,12 +140,15 @@ def over_devices(
       f: called with the device's part of each argument; may use collectives over `ROWS`.
       in_specs: how rows and heads of the arguments are split.
       out_specs: how those of the results are.
-      axes: mesh axes that `f` knows of; those that split nothing have copies. Pallas kernels must know of all.
+      axes: mesh axes that `f` knows of beside those it is already in; those that split nothing have copies. Pallas
+        kernels must know of all.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return f
+    names = {*axes} - {*mesh.manual_axes}
     # Loops start from constants, which the check of what varies over devices does not allow.
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -106,7 +106,7 @@ def test_a_memory_of_one_window_gives_what_contexts_give_in_training(mesh):
     """Every token of the questions, and with a model that errs."""
     asked = data.Dictionary(SETTINGS, 0)
     params = by_hand(NOISY)
-    reader = dictionary.of_config("dense", config().evaluate)
+    reader = dictionary.of_config("dense", config())
     memory = loading.store(mesh).empty(MODEL, 1, 32, "float32")
     how = loading.Loading(reader, 1, "refuse")
     windows = dictionary._windows(asked, range(1), 1)

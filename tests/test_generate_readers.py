@@ -46,3 +46,14 @@ def test_rows_and_heads_are_spread_over_devices(mesh, tiny):
     found = generate.generate(incremental.prepare(drawn(TINY), TINY, many), config, prompts, many)
     wanted = generate.generate(tiny, config, prompts, mesh)
     assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
+
+
+def test_the_kernel_generates_what_the_jnp_form_does(mesh):
+    prompts = prompts_of((40, 20))
+    rows = []
+    for kernel in ("jnp", "pallas"):
+        model = dataclasses.replace(TINY, attention_kernel=kernel)
+        config = dataclasses.replace(tiny_config_of(max_new_tokens=8), model=model)
+        rows.append(generate.generate(incremental.prepare(drawn(TINY), TINY, mesh), config, prompts, mesh))
+    jnp_form, kernels = rows
+    assert [row.tolist() for row in kernels] == [row.tolist() for row in jnp_form]

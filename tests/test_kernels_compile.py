@@ -17,6 +17,9 @@ from fot.attention import Tokens
 from fot.compile import costs, generations, hlo
 from fot.config import CrossbatchConfig, MeshConfig, ModelConfig
 from fot.kernels.passes import Keys
+from fot.memory import Slots
+from fot.readers.reader import Reader
+from fot.readers.table import read
 from fot.sharding import ROWS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra `tpu`")
@@ -70,6 +73,45 @@ def test_they_compile_and_nothing_is_gathered_nor_are_there_logits(topology, len
     assert work.bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("topology", "tokens", "heads", "head_dim", "slots", "dtype"),
+    [
+        ("v4:2x2x1", 2048, 4, 128, 2**18, "bfloat16"),
+        ("v4:2x2x1", 1, 4, 100, 5000, "bfloat16"),  # decoding; LLaMA 3B's heads; a last block that is cut
+        ("v5e:2x2", 2048, 16, 128, 2**18, "bfloat16"),
+        ("v5e:2x2", 1, 4, 64, 2**17, "float32"),
+        ("v5p:2x2x1", 300, 4, 64, 2**17, "float32"),
+        ("v6e:2x2", 1, 16, 128, 2**20, "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["dense", "sharded_dense"])
+def test_memory_attention_compiles_and_has_no_logits_nor_with_heads_of_128_a_copy(
+    name, topology, tokens, heads, head_dim, slots, dtype
+):
+    mesh = sharding.make_mesh(MeshConfig(tensor=2, sequence=2), generations.devices(topology)[:4])
+    of_slots = "sequence" if name == "sharded_dense" else None
+    reader = Reader(name, 1, 256, False, 0.9, 4, 2)
+
+    def array(dtype: str, shape: tuple[int, ...], *spec: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    entries = array(dtype, (1, 4, slots, head_dim), None, "tensor", of_slots)
+    held = Slots(entries, entries, array("int32", (1, slots), None, of_slots))
+    q = array("bfloat16", (1, tokens, heads, head_dim), None, None, "tensor")
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(lambda *x: read(*x, reader)).lower(q, array("int32", (1, tokens)), held)
+    text = lowered.compile().as_text()
+    assert len(re.findall(r"%memory[.\d]* = .*tpu_custom_call", text)) == 1
+    program = hlo.parse(text)
+    own = slots // (2 if of_slots else 1)
+    assert costs.kernels(program).flops >= 4 * tokens * heads // 2 * head_dim * own
+    # Two heads' keys of a device. With narrower heads the compiler itself lays a memory out otherwise, and copies it.
+    keys_bytes = 2 * own * head_dim * (2 if dtype == "bfloat16" else 4)
+    queries_bytes = 4 * max(tokens, 8) * heads * 128
+    most = max(keys_bytes // 8, 2 * queries_bytes) if head_dim == 128 else keys_bytes
+    assert max(array.bytes for array in costs.largest(program, 99)) <= most
+
+
 def test_a_v3_compiles_the_jnp_form():
     config = ModelConfig(
         layers=1, memory_layers=(0,), dim=32, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, attention_block=16
@@ -95,10 +137,10 @@ def test_a_v3_compiles_the_jnp_form():
 
 
 def test_the_benchmark_has_a_line_of_each_case(monkeypatch, capsys):
-    flags = ["kernels", "--rows=4", "--heads=1", "--head_dim=64", "--context=256"]
+    flags = ["kernels", "--rows=4", "--heads=1", "--head_dim=64", "--context=256", "--slots=16384"]
     monkeypatch.setattr(sys, "argv", flags)
     benchmark.main()
     lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     assert list(lines) == list(benchmark.CASES)
     assert all(line["cycles"] > 0 and line["temp_bytes"] >= 0 for line in lines.values())
-    assert [line["kernel_cycles"] > 0 for line in lines.values()] == [False, False, True]
+    assert all((line["kernel_cycles"] > 0) == ("kernel" in case) for case, line in lines.items())

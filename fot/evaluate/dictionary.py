@@ -61,7 +61,7 @@ def evaluate(
     if not config.model.memory_layers:
         raise ConfigError("model.memory_layers is empty: name such a model with --plain, and one with memory otherwise")
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    readers = [of_config(name, config.evaluate) for name in config.evaluate.readers]
+    readers = [of_config(name, config) for name in config.evaluate.readers]
     found = {}
     for place in dict.fromkeys(table.place(reader.name) for reader in readers):
         group = [reader for reader in readers if table.place(reader.name) == place]

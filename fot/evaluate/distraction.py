@@ -134,7 +134,7 @@ def evaluate(params: model.Params, config: ExperimentConfig, corpus: Corpus, mes
     pairs = choose(corpus, context, max(counts), config.evaluate.query_windows, config.data.seed)
     table_PC = others(pairs, max(counts))
     contexts = _read(params, config, corpus, pairs, mesh)
-    measure = _programs(config.model, of_config("dense", config.evaluate), mesh).measure
+    measure = _programs(config.model, of_config("dense", config), mesh).measure
     sums = {count: 0.0 for count in counts}
     for rows in _batches(pairs, config.evaluate.batch_size):
         batch = jax.device_put(_windows(corpus, pairs, rows, context, context), sharding.batch_sharding(mesh))
@@ -172,7 +172,7 @@ def _windows(corpus: Corpus, pairs: list[Pair], rows: np.ndarray, after: int, co
 
 def _read(params: model.Params, config: ExperimentConfig, corpus: Corpus, pairs: list[Pair], mesh: Mesh) -> Contexts:
     """Reads the previous context of every pair, each alone."""
-    read, place = _programs(config.model, of_config("dense", config.evaluate), mesh).read, sharding.batch_sharding(mesh)
+    read, place = _programs(config.model, of_config("dense", config), mesh).read, sharding.batch_sharding(mesh)
     parts = [
         read(params, jax.device_put(_windows(corpus, pairs, rows, 0, config.data.context), place))
         for rows in _batches(pairs, config.evaluate.batch_size)

@@ -132,7 +132,7 @@ def _wanted(config: ExperimentConfig, corpus: Corpus) -> dict[tuple[str, str, in
         return wanted
     for mode in evaluate.modes:
         for name in evaluate.readers:
-            reader = readers.of_config(name, evaluate)
+            reader = readers.of_config(name, config)
             for length in evaluate.memory:
                 if length > 0:
                     run = _Run(mode, reader, min(length, MODES[mode].fills(longest, row)))

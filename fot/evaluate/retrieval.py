@@ -158,7 +158,7 @@ def _query(position: int, losses: Losses, found: _Found, written: int, capacity:
 
 
 def _reader(config: ExperimentConfig) -> Reader:
-    return of_config(config.evaluate.readers[0], config.evaluate)
+    return of_config(config.evaluate.readers[0], config)
 
 
 def _windows(

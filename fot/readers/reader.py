@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fot import attention
 from fot.attention import Tokens
-from fot.config import EvaluateConfig
+from fot.config import ExperimentConfig
 from fot.memory import Slots
 
 
@@ -23,6 +23,7 @@ class Reader(NamedTuple):
       recall_target: share of the k nearest that "approximate" finds, expected.
       list_size: slots of the lists of "clustered" at the most; of "host_lists", their mean.
       probes: lists that "clustered" and "host_lists" read per query and head.
+      attention_kernel: as `model.attention_kernel`; whether "dense" and "sharded_dense" read by a kernel.
     """
 
     name: str
@@ -32,21 +33,24 @@ class Reader(NamedTuple):
     recall_target: float
     list_size: int
     probes: int
+    attention_kernel: str = "auto"
 
 
-def of_config(name: str, config: EvaluateConfig) -> Reader:
+def of_config(name: str, config: ExperimentConfig) -> Reader:
     """Returns the reader of that name as an evaluation wants it: it sees all that its memory holds.
 
     A memory of one document holds nothing else, so what is visible needs no mask.
     """
+    evaluate = config.evaluate
     return Reader(
         name=name,
-        neighbours=config.neighbours,
-        block=config.block,
+        neighbours=evaluate.neighbours,
+        block=evaluate.block,
         multi_doc=True,
-        recall_target=config.recall_target,
-        list_size=config.list_size,
-        probes=config.probes,
+        recall_target=evaluate.recall_target,
+        list_size=evaluate.list_size,
+        probes=evaluate.probes,
+        attention_kernel=config.model.attention_kernel,
     )
 
 

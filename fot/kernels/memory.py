@@ -1,0 +1,197 @@
+"""Attention to a memory of any length, in one pass over it (flash decoding).
+
+`attend` is the kernel's form, `reference` the plain one of the same signature. A block of queries, those of all heads
+that share a key head, stays while the blocks of slots pass by, those alone in which some slot is in use: a list, read
+by scalar prefetch, names them. No logits exist outside the kernel, and a bfloat16 memory is never converted outside it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fot.kernels.arithmetic import MASKED, as_columns, as_row, inner, outer
+from fot.kernels.blocks import blocks_of
+from fot.memory import Slots
+
+BLOCK = 512, 4096  # so many queries keep the matrix unit busy; with few, so many slots make a step worth its overhead
+_LOGITS = 2**19  # of a block of queries by a block of slots, at most: 2 MiB
+_BYTES = 2**20  # of a block of keys, at most
+_LANES = 128
+
+
+class Read(NamedTuple):
+    """What queries got from a memory.
+
+    Attributes:
+      out: [B, G, Q, H] float32, zeros where nothing is visible.
+      lse: [B, G, Q] float32, log-sum-exp of the logits; -inf where nothing is visible.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+
+
+def attend(
+    q_BGQH: jax.Array,
+    documents_BQ: jax.Array,
+    slots: Slots,
+    multi_doc: bool,
+    interpret,
+    block: tuple[int, int] = BLOCK,
+) -> Read:
+    """Attention of one device's queries to all visible slots of its memory. It has no gradient.
+
+    Args:
+      q_BGQH: queries, scaled; those of a key head are those of all its query heads and tokens.
+      documents_BQ: int32, the queries' documents.
+      slots: keys and values [B, G, M, H] of any float dtype, documents [B, M].
+      multi_doc: whether queries see slots of other documents than their own.
+      interpret: run without a TPU; or how.
+      block: queries and slots that the kernel has at once, at most; on a TPU multiples of 128.
+    """
+    B, G, Q, H = q_BGQH.shape
+    M = slots.documents.shape[1]
+    if M == 0:
+        return Read(jnp.zeros(q_BGQH.shape, jnp.float32), jnp.full((B, G, Q), -jnp.inf))
+    length, count = blocks_of(Q, block[0])
+    size = _size(slots.keys, length, block[1])
+    order, used = _used(slots.documents, size)
+    pad = length * count - Q
+    q_BGQH = jnp.pad(q_BGQH, ((0, 0), (0, 0), (0, pad), (0, 0)))
+    documents_BQ = jnp.pad(documents_BQ, ((0, 0), (0, pad)), constant_values=-1)
+
+    def queries(row, head, block, step, order, used):
+        return row, head, block, 0
+
+    def numbers(row, head, block, step, order, used):
+        return row, head, 0, block
+
+    def keys(row, head, block, step, order, used):
+        return row, head, order[row * pl.num_programs(3) + step], 0
+
+    steps = -(-M // size)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, slots=M, multi_doc=multi_doc),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(B, G, count, steps),
+            in_specs=[
+                pl.BlockSpec((None, None, length, H), queries),
+                pl.BlockSpec((None, 1, length), lambda row, head, block, step, order, used: (row, 0, block)),
+                pl.BlockSpec((None, None, size, H), keys),
+                pl.BlockSpec((None, None, size, H), keys),
+                pl.BlockSpec(
+                    (None, 1, size),
+                    lambda row, head, block, step, order, used: (row, 0, order[row * pl.num_programs(3) + step]),
+                ),
+            ],
+            out_specs=[pl.BlockSpec((None, None, length, H), queries), pl.BlockSpec((None, None, 1, length), numbers)],
+            scratch_shapes=[
+                pltpu.VMEM((length, 1), jnp.float32),
+                pltpu.VMEM((length, 1), jnp.float32),
+                pltpu.VMEM((length, H), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BGQH.shape, jnp.float32),
+            jax.ShapeDtypeStruct((B, G, 1, length * count), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * q_BGQH.size * M,
+            transcendentals=q_BGQH.size // H * M,
+            bytes_accessed=2 * count * slots.keys.size * slots.keys.dtype.itemsize,  # all slots in use
+        ),
+        interpret=interpret,
+        name="memory",
+    )(order, used, q_BGQH, documents_BQ[:, None], slots.keys, slots.values, slots.documents[:, None])
+    return Read(out[:, :, :Q], lse[:, :, 0, :Q])
+
+
+def _size(keys_BGMH: jax.Array, queries: int, most: int) -> int:
+    """Returns the slots of a block: all, or as many as fit beside so many queries."""
+    M, H = keys_BGMH.shape[2:]
+    bytes_of_slot = -(-H // _LANES) * _LANES * keys_BGMH.dtype.itemsize
+    most = min(most, _LOGITS // queries, _BYTES // bytes_of_slot)
+    return M if most >= M else max(most - most % _LANES, min(most, _LANES))
+
+
+def _used(documents_BM: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the blocks of each row in which a slot is in use, the last one repeated, and how many these are.
+
+    The same block isn't fetched twice.
+    """
+    B, M = documents_BM.shape
+    steps = -(-M // size)
+    documents = jnp.pad(documents_BM, ((0, 0), (0, steps * size - M)), constant_values=-1)
+    used = (documents.reshape(B, steps, size) >= 0).any(2)
+    order, count = jnp.argsort(~used, axis=1, stable=True), used.sum(1)
+    place = jnp.minimum(jnp.arange(steps), jnp.maximum(count, 1)[:, None] - 1)
+    return jnp.take_along_axis(order, place, 1).astype(jnp.int32).reshape(-1), count.astype(jnp.int32)
+
+
+def _kernel(
+    order, used, q, documents, keys, values, slot_documents, out, lse, top, total, sums, *, slots: int, multi_doc: bool
+):
+    row, step, size = pl.program_id(0), pl.program_id(3), keys.shape[0]
+    steps = pl.num_programs(3)
+    first = order[row * steps + step] * size
+
+    @pl.when(step == 0)
+    def _():
+        top[...] = jnp.full(top.shape, MASKED)
+        total[...] = jnp.zeros(total.shape)
+        sums[...] = jnp.zeros(sums.shape)
+
+    def within(shape: tuple[int, int], axis: int) -> jax.Array:
+        return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < slots
+
+    @pl.when(step < used[row])
+    def _():
+        k, v, there = keys[...], values[...], slot_documents[...]
+        seen = there >= 0
+        if slots % size:  # what lies past the last slot is anything
+            seen &= within((1, size), 1)
+            v = jnp.where(within((size, 1), 0), v, 0)
+        if not multi_doc:
+            seen &= as_columns(documents[...]) == there
+        dtype = jnp.promote_types(q.dtype, k.dtype)
+        s = jnp.where(seen, outer(q[...].astype(dtype), k.astype(dtype)), MASKED)
+        higher = jnp.maximum(top[...], s.max(1, keepdims=True))
+        # Of a query that has seen nothing yet these are ones; its first visible slot shrinks them to nothing.
+        p, shrink = jnp.exp(s - higher), jnp.exp(top[...] - higher)
+        top[...] = higher
+        total[...] = total[...] * shrink + p.sum(1, keepdims=True)
+        sums[...] = sums[...] * shrink + inner(p.astype(v.dtype), v)
+
+    @pl.when(step == steps - 1)
+    def _():
+        some = top[...] > MASKED
+        out[...] = jnp.where(some, sums[...] / total[...], 0)
+        lse[...] = as_row(jnp.where(some, top[...] + jnp.log(total[...]), -jnp.inf))
+
+
+def reference(
+    q_BGQH: jax.Array,
+    documents_BQ: jax.Array,
+    slots: Slots,
+    multi_doc: bool,
+    interpret,
+    block: tuple[int, int] = BLOCK,
+) -> Read:
+    """`attend` by the formula: forms all logits; `interpret` and `block` mean nothing to it."""
+    keys = slots.documents[:, None]
+    seen = (keys >= 0) if multi_doc else (keys >= 0) & (keys == documents_BQ[..., None])
+    s = jnp.einsum("bgqh,bgmh->bgqm", q_BGQH, slots.keys, preferred_element_type=jnp.float32)
+    s = jnp.where(seen[:, None], s, -jnp.inf)
+    lse = jax.nn.logsumexp(s, -1)
+    p = jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
+    values = slots.values
+    out = jnp.einsum("bgqm,bgmh->bgqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return Read(out, lse)
