@@ -5,8 +5,9 @@
   python -m benchmarks.kernels --rows=4 --heads=1 --head_dim=64 --context=256
 
 Cases of training, forward and backward: "local" is the row alone, as without crossbatch; "jnp" its contexts too, column
-by column; "kernel" the same by the Pallas kernels. Cases of reading a bfloat16 memory of `--slots` slots, one row, by a
-window of queries and by one: "memory_jnp" and "memory_kernel" are the reader "dense", then the readers that choose.
+by column; "kernel" the same by the Pallas kernels. Cases of reading one layer of a bfloat16 memory of three layers and
+`--slots` slots, a row a device, by a window of queries and by one: "memory_jnp" and "memory_kernel" are the reader
+"dense", then come the readers that choose.
 
 stdout has JSON, a line a case. Nothing is measured: "cycles" are the compiler's own estimate, which has none for
 kernels; "kernel_cycles" are what these say that they do, at the hardware's peak: less than they will take.
@@ -21,13 +22,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from fot import attention, crossbatch, joint, sharding
+from fot import attention, crossbatch, joint, loading, sharding
 from fot.attention import Tokens
 from fot.compile import costs, generations, hlo
 from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig, ModelConfig
 from fot.contexts import attend_contexts
 from fot.kernels.passes import Keys
-from fot.memory import Slots
+from fot.memory import Memory
 from fot.readers.reader import of_config
 from fot.readers.table import read
 from fot.sharding import ROWS
@@ -79,18 +80,19 @@ def reading(case: str, flags: argparse.Namespace, mesh: Mesh) -> Lowered:
     name, _, queries = case.rpartition("_")
     reader, choice = READING[name]
     config = ExperimentConfig(model=ModelConfig(attention_kernel=choice))
-    heads, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((ROWS, "tensor"), (ROWS,)))
+    place = loading.row_major(loading.memory_sharding(mesh))
     T = flags.context if queries == "window" else 1
     q = jax.ShapeDtypeStruct(
         (2, T, 2 * flags.heads, flags.head_dim),
         jnp.bfloat16,
         sharding=NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor")),
     )
-    entries = jax.ShapeDtypeStruct((2, 2 * flags.heads, flags.slots, flags.head_dim), jnp.bfloat16, sharding=heads)
-    documents = (jax.ShapeDtypeStruct((2, count), jnp.int32, sharding=rows) for count in (T, flags.slots))
-    asked, held = documents
+    shape = 3, 2, 2 * flags.heads, flags.slots, flags.head_dim
+    entries = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place.keys)
+    asked, held = (jax.ShapeDtypeStruct((2, n), jnp.int32, sharding=place.documents) for n in (T, flags.slots))
+    memory = Memory(entries, entries, held, jax.ShapeDtypeStruct((2,), jnp.int32, sharding=place.written))
     how = of_config(reader, config)
-    return jax.jit(lambda *x: read(*x, how)).lower(q, asked, Slots(entries, entries, held))
+    return jax.jit(lambda q, asked, memory: read(q, asked, memory.slots(1), how)).lower(q, asked, memory)
 
 
 def line(case: str, flags: argparse.Namespace) -> dict[str, str | int | float]:

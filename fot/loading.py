@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import lean, model, sharding
@@ -82,7 +83,17 @@ def store(mesh: Mesh) -> Store:
     return _device_store(memories.write, memory_sharding(mesh))
 
 
+def row_major(place: Memory) -> Memory:
+    """Returns where a memory lives, with how: a slot's numbers side by side, as kernels read them.
+
+    Left alone, the TPU's compiler lays out heads that aren't of 128 numbers otherwise, and copies a memory to read it.
+    """
+    pairs = Format(Layout(tuple(range(5))), place.keys)
+    return place._replace(keys=pairs, values=pairs)
+
+
 def _device_store(write: Callable[..., Memory], place: Memory) -> Store:
+    place = row_major(place)
     return Store(
         _sized(jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)),
         write=jax.jit(write, out_shardings=place, donate_argnums=0),

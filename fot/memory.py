@@ -39,6 +39,14 @@ class Lists(NamedTuple):
     length: jax.Array
 
 
+class Stack(NamedTuple):
+    """Where a layer lies among all: keys and values [L, B, G, M, H], and which of them it is."""
+
+    keys: jax.Array
+    values: jax.Array
+    layer: int | jax.Array
+
+
 class Slots(NamedTuple):
     """One layer's view of a memory.
 
@@ -47,6 +55,7 @@ class Slots(NamedTuple):
       documents: [B, M] int32, document of the entry's token; -1 is an empty slot.
       lists: the slots in lists, for readers that use them; None if nothing made them.
       listed: [B, M] bool, the slots whose entries `lists` knows; None without lists.
+      stack: what the view is of, for kernels, for which a layer would be copied out of it; None if it is of nothing.
     """
 
     keys: jax.Array
@@ -54,6 +63,7 @@ class Slots(NamedTuple):
     documents: jax.Array
     lists: Lists | None = None
     listed: jax.Array | None = None
+    stack: Stack | None = None
 
 
 class Index(NamedTuple):
@@ -96,7 +106,8 @@ class Memory(NamedTuple):
 
     def slots(self, layer: int) -> Slots:
         """Returns the view of the layer-th memory layer."""
-        slots = Slots(self.keys[layer], self.values[layer], self.documents)
+        stack = Stack(self.keys, self.values, layer)
+        slots = Slots(self.keys[layer], self.values[layer], self.documents, stack=stack)
         if self.index is None:
             return slots
         lists = jax.tree.map(lambda x: x[layer], self.index.lists)

@@ -12,7 +12,7 @@ from fot import cache, sharding
 from fot.attention import Partial
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
 from fot.kernels import memory as kernels
-from fot.memory import Slots
+from fot.memory import Memory, Slots
 from fot.readers.reader import Reader, of_config
 from fot.readers.table import read
 
@@ -123,21 +123,23 @@ SPREAD = MeshConfig(data=2, tensor=2, sequence=2)
 
 
 def value_and_gradients(reader: Reader, mesh: MeshConfig | None = None):
-    """What a reader gives, and gradients of a weighted sum of it by queries, keys and values."""
+    """What a reader gives of the second of two layers; gradients of a weighted sum by queries, all keys and values."""
     slots = slots_of(48, ((0, 30), (17, 48)))
+    keys, values = (jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in slots[:2])
     q, documents = draw(B, 6, 2 * G, H), jnp.asarray(np.arange(B * 6).reshape(B, 6) % 3, jnp.int32)
 
     @jax.jit
     def run(q, keys, values):
         def loss(q, keys, values) -> tuple[jax.Array, Partial]:
-            part = read(q, documents, slots._replace(keys=keys, values=values), reader)
+            memory = Memory(keys, values, slots.documents, jnp.full(B, 48))
+            part = read(q, documents, memory.slots(1), reader)
             return (part.out * draw(*part.out.shape, seed=9)).sum() + (part.lse * draw(*part.lse.shape)).sum(), part
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, keys, values)
 
     made = None if mesh is None else sharding.make_mesh(mesh, jax.devices())
     with jax.set_mesh(made) if made else contextlib.nullcontext():
-        return jax.device_get(run(q, slots.keys, slots.values)), str(run.trace(q, slots.keys, slots.values).jaxpr)
+        return jax.device_get(run(q, keys, values)), str(run.trace(q, keys, values).jaxpr)
 
 
 @pytest.mark.parametrize("multi_doc", [True, False])

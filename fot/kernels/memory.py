@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fot.kernels.arithmetic import MASKED, as_columns, as_row, inner, outer
 from fot.kernels.blocks import blocks_of
-from fot.memory import Slots
+from fot.memory import Slots, Stack
 
 BLOCK = 512, 4096  # so many queries keep the matrix unit busy; with few, so many slots make a step worth its overhead
 _LOGITS = 2**19  # of a block of queries by a block of slots, at most: 2 MiB
@@ -60,33 +60,36 @@ def attend(
     length, count = blocks_of(Q, block[0])
     size = _size(slots.keys, length, block[1])
     order, used = _used(slots.documents, size)
+    stack = slots.stack or Stack(slots.keys[None], slots.values[None], 0)
     pad = length * count - Q
     q_BGQH = jnp.pad(q_BGQH, ((0, 0), (0, 0), (0, pad), (0, 0)))
     documents_BQ = jnp.pad(documents_BQ, ((0, 0), (0, pad)), constant_values=-1)
 
-    def queries(row, head, block, step, order, used):
+    def queries(row, head, block, step, layer, order, used):
         return row, head, block, 0
 
-    def numbers(row, head, block, step, order, used):
+    def numbers(row, head, block, step, layer, order, used):
         return row, head, 0, block
 
-    def keys(row, head, block, step, order, used):
-        return row, head, order[row * pl.num_programs(3) + step], 0
+    def place(row, step, order):
+        return order[row * pl.num_programs(3) + step]
+
+    def keys(row, head, block, step, layer, order, used):
+        return layer[0], row, head, place(row, step, order), 0
 
     steps = -(-M // size)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, slots=M, multi_doc=multi_doc),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, G, count, steps),
             in_specs=[
                 pl.BlockSpec((None, None, length, H), queries),
-                pl.BlockSpec((None, 1, length), lambda row, head, block, step, order, used: (row, 0, block)),
-                pl.BlockSpec((None, None, size, H), keys),
-                pl.BlockSpec((None, None, size, H), keys),
+                pl.BlockSpec((None, 1, length), lambda row, head, block, *_: (row, 0, block)),
+                pl.BlockSpec((None, None, None, size, H), keys),
+                pl.BlockSpec((None, None, None, size, H), keys),
                 pl.BlockSpec(
-                    (None, 1, size),
-                    lambda row, head, block, step, order, used: (row, 0, order[row * pl.num_programs(3) + step]),
+                    (None, 1, size), lambda row, head, block, step, _, order, __: (row, 0, place(row, step, order))
                 ),
             ],
             out_specs=[pl.BlockSpec((None, None, length, H), queries), pl.BlockSpec((None, None, 1, length), numbers)],
@@ -110,7 +113,16 @@ def attend(
         ),
         interpret=interpret,
         name="memory",
-    )(order, used, q_BGQH, documents_BQ[:, None], slots.keys, slots.values, slots.documents[:, None])
+    )(
+        jnp.asarray(stack.layer, jnp.int32).reshape(1),
+        order,
+        used,
+        q_BGQH,
+        documents_BQ[:, None],
+        stack.keys,
+        stack.values,
+        slots.documents[:, None],
+    )
     return Read(out[:, :, :Q], lse[:, :, 0, :Q])
 
 
@@ -137,7 +149,22 @@ def _used(documents_BM: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _kernel(
-    order, used, q, documents, keys, values, slot_documents, out, lse, top, total, sums, *, slots: int, multi_doc: bool
+    _,
+    order,
+    used,
+    q,
+    documents,
+    keys,
+    values,
+    slot_documents,
+    out,
+    lse,
+    top,
+    total,
+    sums,
+    *,
+    slots: int,
+    multi_doc: bool,
 ):
     row, step, size = pl.program_id(0), pl.program_id(3), keys.shape[0]
     steps = pl.num_programs(3)

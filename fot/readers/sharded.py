@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from fot import attention
 from fot.attention import Partial
-from fot.memory import Slots
+from fot.memory import Slots, Stack
 from fot.readers import chosen, knn
 from fot.readers.dense import dense
 from fot.readers.reader import Reader
@@ -49,13 +49,9 @@ def _knn(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reade
 
 def _spread(read: Read, q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Reader) -> Partial:
     """Joins what each device reads of its slots."""
-    split = Slots(
-        keys=PartitionSpec(None, None, SLOTS, None),
-        values=PartitionSpec(None, None, SLOTS, None),
-        documents=PartitionSpec(None, SLOTS),
-    )
+    keys, stacked, whole = PartitionSpec(None, None, SLOTS), PartitionSpec(None, None, None, SLOTS), PartitionSpec()
+    split = Slots(keys, keys, PartitionSpec(None, SLOTS), stack=slots.stack and Stack(stacked, stacked, whole))
     here = functools.partial(_read_and_join, read, reader=reader)
-    whole = PartitionSpec()
     # Manual over this one axis: rows and heads stay spread as they are. Readers start their loops from constants,
     # which the check of what varies over devices does not allow.
     spread = jax.shard_map(here, in_specs=(whole, whole, split), out_specs=whole, axis_names={SLOTS}, check_vma=False)
