@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fot import attention, contexts, joint, sharding
+from fot import attention, contexts, joint, local, sharding
 from fot.attention import Tokens
 from fot.config import ModelConfig
 from fot.crossbatch import Table
@@ -217,7 +217,7 @@ def local_layer(layer: Params, x_BTD: jax.Array, tokens: Tokens, config: ModelCo
     block = block_of(config, layer)
     q, k, v = block.project(x_BTD)
     q, k = _rotate(q, config), _rotate(k, config)
-    return block.finish(x_BTD, attention.attend_local(q, k, v, tokens, config.attention_block).out)
+    return block.finish(x_BTD, local.attend(q, k, v, tokens, config))
 
 
 def _rotate(x_BTNH: jax.Array, config: ModelConfig) -> jax.Array:
@@ -251,12 +251,12 @@ def memory_layer(
     if joint.runs(config, seen, source.memory):
         both = joint.attend(q, near, Keys(k, v), queries, tokens, seen, config.attention_exchange)
         return block.finish(x_BTD, both.out), k, v, Reads(q, both.share)
-    local = attention.attend_local(q, *near, queries, config.attention_block)
+    own = attention.attend_local(q, *near, queries, config.attention_block)
     remote = []
     if seen is not None and seen.contexts_BC.shape[1] > 0:
         how = config.attention_block, config.attention_exchange
         remote.append(contexts.attend_contexts(q, k, v, queries, tokens, seen, *how))
     if source.memory is not None:
         remote.append(readers.read(q, queries.documents, source.memory.slots(index), source.reader))
-    reads = Reads(q, block.attention.share(local, remote))
-    return block.finish(x_BTD, block.attention.combine(local, remote)), k, v, reads
+    reads = Reads(q, block.attention.share(own, remote))
+    return block.finish(x_BTD, block.attention.combine(own, remote)), k, v, reads

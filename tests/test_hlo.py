@@ -109,6 +109,16 @@ def test_collectives_of_a_program_by_kind_bytes_and_runs():
     assert axes == {"all-gather": ("tensor",), "reduce-scatter": ("fsdp",), "collective-permute": ("fsdp",)}
 
 
+def test_an_instruction_may_go_on_in_further_lines():
+    metadata = 'kernel_metadata={\n"a":"{\\"b\\": 4}"\n}'
+    kernel = f'  %k = bf16[4]{{0}} custom-call(%v), frontend_attributes={{{metadata}}}, metadata={{op_name="x"}}\n'
+    text = TEXT.replace("  %half =", kernel + "  %half =")
+    program, plain = hlo.parse(text), hlo.parse(TEXT)
+    [added] = [each for part in program.computations.values() for each in part.values() if each.name == "k"]
+    assert added.attributes.endswith('}}, metadata={op_name="x"}')
+    assert sum(map(len, program.computations.values())) == sum(map(len, plain.computations.values())) + 1
+
+
 def test_cycles_are_those_of_what_runs_times_the_trips():
     assert costs.cycles(hlo.parse(TEXT)) == costs.Cycles(15 * 100 + 11, 0)
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("memory", "crossbatch", "layers"),
     ("ring",),
     ("contexts", "kernels"),
-    ("readers", "joint"),
+    ("readers", "joint", "local"),
     ("cache",),
     ("model",),
     ("objective", "optimizer", "data", "checkpoint", "loading", "memory_file", "sampling", "incremental", "workdir"),

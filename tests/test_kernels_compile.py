@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import sys
 
@@ -12,10 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import kernels as benchmark
-from fot import crossbatch, joint, loading, model, sharding
+from fot import crossbatch, joint, loading, local, model, sharding
 from fot.attention import Tokens
 from fot.compile import costs, generations, hlo
 from fot.config import CrossbatchConfig, MeshConfig, ModelConfig
+from fot.kernels.blocks import blocks_of
 from fot.kernels.passes import Keys
 from fot.memory import Memory
 from fot.readers.reader import Reader
@@ -133,6 +135,58 @@ def test_a_memory_is_written_in_the_layout_in_which_it_is_read_and_given_up_for_
         assert made.layout.major_to_minor == place.keys.layout.major_to_minor
     own = 2 * 3 * 2 * 2**16 * 128 * 2 // (2 if name == "sharded_dense" else 1)
     assert written.memory_analysis().alias_size_in_bytes >= own
+
+
+@pytest.mark.parametrize(
+    ("topology", "length", "head_dim"),
+    [
+        ("v4:2x2x1", 2048, 100),
+        ("v4:2x2x1", 640, 64),
+        ("v5e:2x2", 1024, 128),
+        ("v5p:2x2x1", 2048, 64),
+        ("v6e:2x2", 2048, 128),
+    ],
+)
+def test_splash_attention_of_plain_layers_compiles_and_its_work_is_counted(topology, length, head_dim):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), generations.devices(topology)[:4])
+    spread = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
+    q, kv = (jax.ShapeDtypeStruct((B, length, n, head_dim), jnp.bfloat16, sharding=spread) for n in (4, 2))
+    tokens = jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+    def loss(q, k, v, documents, positions):
+        return local.attend(q, k, v, Tokens(documents, positions), ModelConfig()).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, tokens, tokens).compile().as_text()
+    assert splash_kernels(text) == ["dkv", "dq", "fwd"]
+    padded = math.prod(blocks_of(length, local.BLOCK))
+    work, pairs = costs.kernels(hlo.parse(text)), B // 2 * 2 * padded**2 // 2  # rows over two devices, heads over two
+    assert work.flops == (2 + 3 + 4) * 2 * pairs * head_dim
+    # Queries, keys and values of each kernel at least.
+    assert work.bytes > 3 * 2 * (B // 2) * (2 + 1 + 1) * length * head_dim
+
+
+def splash_kernels(text: str) -> list[str]:
+    return sorted(re.findall(r"%splash_mha_(fwd|dq|dkv)\w*[.\d]* = .*tpu_custom_call", text))
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "mlp"])
+def test_the_forward_kernel_of_plain_layers_does_not_run_again_in_the_backward_pass(remat):
+    config = ModelConfig(
+        layers=2, memory_layers=(), dim=128, heads=2, kv_heads=2, head_dim=64, mlp_dim=256, remat=remat
+    )
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), generations.devices("v4:2x2x1")[:1])
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    tokens = jax.ShapeDtypeStruct((B, 256), jnp.int32)
+
+    def loss(params, ids, *tokens):
+        return model.apply(params, ids, Tokens(*tokens), config).hidden.sum()
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), in_shardings=sharding.replicated(mesh))
+        text = step.lower(params, tokens, tokens, tokens).compile().as_text()
+    # Layers are scanned: one of each kernel is one a layer.
+    assert splash_kernels(text) == ["dkv", "dq", "fwd"]
 
 
 def test_a_v3_compiles_the_jnp_form():

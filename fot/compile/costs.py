@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -97,18 +98,44 @@ def cycles(program: Program) -> Cycles:
     return Cycles(total, sum(run.unknown for run in runs))
 
 
+# Products of each pair of a query and a key that JAX's splash attention forms in its kernels, which declare no cost.
+_SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
 def kernels(program: Program) -> Kernels:
-    """Returns the sums of the kernels' own cost estimates, over all runs."""
+    """Returns the sums of the kernels' own cost estimates, over all runs; of splash attention, by its shapes."""
     flops = size = 0
     for run in hlo.runs(program):
         for instruction in run.computation.values():
-            found = re.search(
-                r'"cost_estimate":\{"flops":"?(\d+)"?,"transcendentals":"?\d+"?,"bytes_accessed":"?(\d+)',
-                instruction.attributes,
-            )
-            if found:
-                flops, size = flops + run.times * int(found[1]), size + run.times * int(found[2])
+            cost = _declared(instruction) or _splash(run.computation, instruction)
+            flops, size = flops + run.times * cost.flops, size + run.times * cost.bytes
     return Kernels(flops, size)
+
+
+def _declared(instruction: Instruction) -> Kernels | None:
+    found = re.search(
+        r'"cost_estimate":\{"flops":"?(\d+)"?,"transcendentals":"?\d+"?,"bytes_accessed":"?(\d+)',
+        instruction.attributes,
+    )
+    return Kernels(int(found[1]), int(found[2])) if found else None
+
+
+def _splash(computation: Computation, instruction: Instruction) -> Kernels:
+    """Returns what a kernel of causal splash attention does; nothing, if it is none."""
+    found = re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name)
+    if instruction.opcode != "custom-call" or not found:
+        return Kernels(0, 0)
+    operands = [computation[name].shape for name in instruction.operands if name in computation]
+    # The queries are the first of the operands that have rows, heads, tokens and numbers of a head.
+    *many, tokens, head_dim = next(shape for each in operands if len(shape := _dims(each)) == 4)
+    pairs = math.prod(many) * tokens**2 // 2
+    moved = sum(map(hlo.shape_bytes, (*operands, instruction.shape)))
+    return Kernels(2 * _SPLASH_PRODUCTS[found[0]] * pairs * head_dim, moved)
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    [(_, dims)] = hlo.arrays(shape)
+    return tuple(int(n) for n in dims.split(",") if n)
 
 
 def costliest(program: Program, count: int) -> tuple[Cost, ...]:

@@ -70,7 +70,8 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, Computation] = {}
     roots, entry, current = {}, "", ""
-    for line in text.splitlines():
+    # A kernel's metadata goes on in further lines.
+    for line in re.sub(r'\n(?="|\}[^\n])', "", text).splitlines():
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line)
         if header:
             current = header[2]
