@@ -76,10 +76,10 @@ class ModelConfig:
         and attention's output projection), "mlp" (that, and the feed-forward layer), "full" (whole layers); each takes
         less memory and more time than the one before.
       attention_block: queries per block of attention logits, in tokens; bounds memory, changes no result.
-      attention_kernel: how memory layers attend to crossbatch contexts in training, and to a memory or a cache
-        elsewhere: "jnp", "pallas" (kernels for TPUs; elsewhere they are interpreted, which is slow) or "auto" (the
-        kernels, on TPUs). Changes no result. Where no kernel can be used, on v2 and v3 and, of crossbatch, with
-        `memory_gate`, it is "jnp".
+      attention_kernel: how plain layers attend, memory layers to crossbatch contexts in training, and both to a memory
+        or a cache elsewhere: "jnp", "pallas" (kernels for TPUs; elsewhere they are interpreted, which is slow) or
+        "auto" (the kernels, on TPUs). Changes no result. Where no kernel can be used, on v2 and v3 and, of crossbatch,
+        with `memory_gate`, it is "jnp".
       attention_exchange: how crossbatch contexts that are rows of other devices come: "ring" (shard by shard, while the
         one before is attended to; shards that no row sees are left out) or "gather" (all rows to every device, once a
         layer, whatever d is). Changes no result.
