@@ -14,7 +14,7 @@ import yaml
 
 from fot.errors import UserError
 from launch import attend, shell
-from launch.job import ABSENT, GRACE, RESTARTS, UNDER_WAY, Job, check_bucket, check_slice
+from launch.job import ABSENT, GRACE, RESTARTS, RETRY, UNDER_WAY, Job, check_bucket, check_slice
 
 TOOLS = ("kubectl", "gcloud")
 PYTHON = "python"  # that of the image
@@ -23,6 +23,7 @@ FINISHED_SECONDS = 86_400  # a finished job is deleted after a day
 ANSWER = 120.0  # seconds that kubectl has for an answer
 
 _OWNER = "jobset.sigs.k8s.io/jobset-name"
+_STOPPED = "fot/stopped"  # annotation of a JobSet that `stop` has ended
 _PORTS = {"tpu": 8471, "coordinator": 8482}  # libtpu's and JAX's
 
 
@@ -182,14 +183,22 @@ def submit(job: Job, place: Place, keep: bool, begin: Callable[[], None] = lambd
 
 
 def progress(job: Job, place: Place) -> int:
-    """Returns how the JobSet has ended, 0 or 1, else UNDER_WAY, or ABSENT; raises UserError if kubectl fails."""
+    """Returns how the JobSet has ended, 0, 1 or RETRY if `stop` has suspended it, else UNDER_WAY, or ABSENT.
+
+    Raises:
+      UserError: kubectl fails.
+    """
     words = ("get", "jobset", job.name, "--ignore-not-found", "--output=json")
     text = shell.must(_kubectl(place, *words), ANSWER)
     if not text.strip():
         return ABSENT
-    conditions = json.loads(text).get("status", {}).get("conditions", ())
-    true = {each["type"] for each in conditions if each["status"] == "True"}
-    return 0 if "Completed" in true else 1 if "Failed" in true else UNDER_WAY
+    found = json.loads(text)
+    true = {each["type"] for each in found.get("status", {}).get("conditions", ()) if each["status"] == "True"}
+    if "Completed" in true or "Failed" in true:
+        return 0 if "Completed" in true else 1
+    # Kueue suspends what waits, too.
+    stopped = found.get("spec", {}).get("suspend") and _STOPPED in found["metadata"].get("annotations", {})
+    return RETRY if stopped else UNDER_WAY
 
 
 follow = attend.follower(submit, progress)
@@ -210,9 +219,9 @@ def logs(job: Job, place: Place, follow: bool) -> int:
 
 def stop(job: Job, place: Place) -> int:
     """Ends the pods, which save; nothing starts again, until it is resumed by hand."""
+    marked = {"metadata": {"annotations": {_STOPPED: "true"}}}
     if not place.queue:
-        suspend = json.dumps({"spec": {"suspend": True}})
-        shell.must(_kubectl(place, "patch", "jobset", job.name, "--type=merge", f"--patch={suspend}"), ANSWER)
+        _patch(place, {"spec": {"suspend": True}, **marked}, "jobset", job.name)
         print(f"JobSet {job.name} is suspended; delete removes it")
         return 0
     uid = shell.must(_kubectl(place, "get", "jobset", job.name, "--output=jsonpath={.metadata.uid}"), ANSWER).strip()
@@ -222,9 +231,9 @@ def stop(job: Job, place: Place) -> int:
         raise UserError(
             f"Kueue has no workload for JobSet {job.name}: is {place.queue!r} a LocalQueue of the namespace?"
         )
-    inactive = json.dumps({"spec": {"active": False}})
     for name in names:
-        shell.must(_kubectl(place, "patch", name, "--type=merge", f"--patch={inactive}"), ANSWER)
+        _patch(place, {"spec": {"active": False}}, name)
+    _patch(place, marked, "jobset", job.name)  # last: who waits for the job deletes it then
     print(f"JobSet {job.name} is out of its queue; delete removes it")
     return 0
 
@@ -234,6 +243,10 @@ def delete(job: Job, place: Place) -> int:
     shell.must(_removal(job, place), ANSWER)
     print(f"JobSet {job.name} is deleted")
     return 0
+
+
+def _patch(place: Place, values: dict[str, Any], *which: str) -> None:
+    shell.must(_kubectl(place, "patch", *which, "--type=merge", f"--patch={json.dumps(values)}"), ANSWER)
 
 
 def _found(job: Job, place: Place) -> bool:

@@ -202,6 +202,8 @@ def _word(word: str, argv: Sequence[str]) -> int:
         shell.need(("gcloud",), REMEDIES)
     backend, job, place = stored(flags.workdir)
     shell.need(backend.TOOLS, REMEDIES)
+    if word == "stop":
+        record.stop(flags.workdir)  # before it ends, so that its sweep doesn't take it for lost
     act = getattr(backend, word)
     return act(job, place, flags.follow) if word == "logs" else act(job, place)
 

@@ -106,6 +106,16 @@ def end(workdir: str, code: int) -> None:
     _write(workdir, "job.json", json.dumps({**load(workdir), "ended": code}, indent=2) + "\n")
 
 
+def stop(workdir: str) -> None:
+    """Writes that the newest launch is stopped on purpose; raises UserError as `save` does."""
+    _write(workdir, "job.json", json.dumps({**load(workdir), "stopped": True}, indent=2) + "\n")
+
+
+def stopped(workdir: str) -> bool:
+    """Returns whether the newest launch was stopped on purpose; raises UserError as `newest` does."""
+    return bool(newest(workdir).get("stopped", False))
+
+
 def _read(workdir: str) -> str:
     """Returns the file of the newest launch, "" if there is none."""
     path = _path(workdir, "job.json")

@@ -13,6 +13,8 @@ a field of all trials; --dry_run shows the trials. The backend is local, with on
 --backend names another. Jobs of gke, slurm and tpu_vm are found again after this command was killed, and waited for;
 pruned ones, and all after Ctrl-C, are deleted. gke and tpu_vm need --trials=gs://bucket/folder.
 
+`launch.pod stop` of a trial's job ends the trial, as failed.
+
 Ends with 0 when all trials are complete or were pruned, 1 if some failed; 2 is an error, told in one line; 130 follows
 Ctrl-C, which stops all: they save, and go on with the same command.
 

@@ -14,7 +14,7 @@ from typing import TextIO, final
 from fot import bucket, files
 from fot.errors import UserError
 from launch import job as jobs
-from launch import points, signals
+from launch import points, record, signals
 from launch.group import Command, Group
 from launch.job import GRACE, LOST, RESTARTS
 from launch.space import Sweep
@@ -87,12 +87,14 @@ class _Running:
       stored: how many of its metrics are.
       size: of the file of its metrics when it was read.
       read: when, of a bucket.
+      removes: whether its launcher only deletes what is left of a job that was stopped.
       pruned: when its launcher is killed, as it was told to end and didn't; inf if it wasn't told.
     """
 
     trial: Trial
     group: Group
     log: TextIO
+    removes: bool = False
     stored: int = 0
     size: int = -1
     read: float = -math.inf
@@ -139,11 +141,15 @@ class Worker:
             again = ", again" if (folder / LOG).exists() else ""
             folder.mkdir(parents=True, exist_ok=True)
             log = open(folder / LOG, "a", encoding="utf-8", errors="replace")
-            argv = [sys.executable, "-m", "launch.pod", *self._plan.command(trial.id, trial.overrides)]
+            removes = bool(again) and self._stopped(trial)  # while no sweep ran
+            words = ["delete", f"--workdir={self._plan.place(trial.id)}"]
+            words = words if removes else self._plan.command(trial.id, trial.overrides)
+            argv = [sys.executable, "-m", "launch.pod", *words]
             grace = PATIENCE if self._plan.local else LEAVING
             group = Group([Command(argv, {})], lambda _, line, log=log: print(line, file=log, flush=True), grace)
-            self._running.append(_Running(trial, group, log))
-            _say(trial, f"started{again}")
+            self._running.append(_Running(trial, group, log, removes))
+            if not removes:
+                _say(trial, f"started{again}")
 
     def _advance(self, running: _Running) -> bool:
         """Stores new metrics, and tells the trial to end if it should; returns whether it is finished."""
@@ -170,6 +176,8 @@ class Worker:
         last = curve[max(curve)] if curve else None
         if prune:
             self._finish(running.trial, "PRUNED", last, "")
+        elif running.removes or (code and self._stopped(running.trial)):
+            self._finish(running.trial, "FAIL", None, "stopped by launch.pod stop")
         elif code in RESTARTS and self._kills[running.trial.id] < KILLS:
             self._kills[running.trial.id] += 1
             self._trials.release(running.trial)
@@ -195,6 +203,13 @@ class Worker:
         curve = next(trial.curve for trial in self._trials.all() if trial.id == running.trial.id)
         self._finish(running.trial, "PRUNED", curve[max(curve)], "")
         return True
+
+    def _stopped(self, trial: Trial) -> bool:
+        """Returns whether somebody has ended the trial's job for good."""
+        try:
+            return record.stopped(self._plan.place(trial.id))
+        except UserError:  # of a bucket that doesn't answer, or a folder that the launcher complains of
+            return False
 
     def _metrics(self, trial: Trial) -> str:
         return f"{self._plan.place(trial.id)}/{METRICS}"

@@ -56,6 +56,17 @@ def srun(words: list[str]) -> None:
     os.execv(words[1], words[1:])
 
 
+def patch(words: list[str]) -> None:
+    """A workload that isn't active has Kueue suspend its JobSet, whose pods end."""
+    name = words[1].removeprefix("workload/") if words[1] != "jobset" else words[2]
+    values = json.loads(words[-1].removeprefix("--patch="))
+    if words[1] != "jobset" and values == {"spec": {"active": False}}:
+        (FOLDER / f"{name}.suspended").touch()
+        end(FOLDER / name, signal.SIGTERM)
+    elif "annotations" in values.get("metadata", {}):
+        (FOLDER / f"{name}.stopped").touch()
+
+
 def kubectl(words: list[str]) -> None:
     words = [word for word in words if not word.startswith("--namespace")]
     if words[0] == "create":
@@ -65,6 +76,15 @@ def kubectl(words: list[str]) -> None:
         [container] = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
         start(POD, shlex.join(container["command"]), str(FOLDER / jobset["metadata"]["name"]))
         return
+    if words[:2] == ["get", "workloads.kueue.x-k8s.io"]:
+        print(words[2].replace("--selector=kueue.x-k8s.io/job-uid=", "workload/"))
+        return
+    if words[0] == "patch":
+        patch(words)
+        return
+    if words[-1].startswith("--output=jsonpath"):
+        print(words[2])  # the fake's uid
+        return
     assert words[1] == "jobset" and "--ignore-not-found" in words, words
     path = FOLDER / words[2]
     code = FOLDER / f"{words[2]}.code"
@@ -72,12 +92,16 @@ def kubectl(words: list[str]) -> None:
         end(path, signal.SIGTERM)
         while not code.exists():
             time.sleep(0.02)
-        path.unlink()
-        code.unlink()
+        for each in (path, code, *(FOLDER / f"{words[2]}.{what}" for what in ("suspended", "stopped"))):
+            each.unlink(missing_ok=True)
     elif words[0] == "get" and path.exists():
-        ended = code.read_text().strip() if code.exists() else ""
+        suspended = (FOLDER / f"{words[2]}.suspended").exists()
+        annotations = {"fot/stopped": "true"} if (FOLDER / f"{words[2]}.stopped").exists() else {}
+        ended = code.read_text().strip() if code.exists() and not suspended else ""
         conditions = [{"type": "Completed" if ended == "0" else "Failed", "status": "True"}] if ended else []
-        print(json.dumps({"status": {"conditions": conditions}}) if words[-1] == "--output=json" else words[2])
+        values = {"metadata": {"annotations": annotations}, "spec": {"suspend": suspended}}
+        values["status"] = {"conditions": conditions}
+        print(json.dumps(values) if words[-1] == "--output=json" else words[2])
 
 
 def main(program: str, words: list[str]) -> None:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 
@@ -12,7 +13,7 @@ from launch import sweep
 from launch.trials import Trials
 from tests import fake_gcs
 from tests.launching import FakeCloud, on_path, program
-from tests.sweeping import completed, started, sweep_file, words
+from tests.sweeping import ROOT, completed, started, sweep_file, words
 
 HERE = pathlib.Path(__file__).parent
 GRID = "Grid({'optimizer.learning_rate': (1e-2, 1e-3, 1e-4)})"
@@ -60,7 +61,7 @@ def cluster(tmp_path, monkeypatch):
         made = Cluster(tmp_path, monkeypatch)
         yield made
         for path in made.folder.glob("fot-*"):
-            if path.suffix != ".code":
+            if not path.suffix:
                 os.killpg(int(path.read_text()), signal.SIGKILL)
 
 
@@ -91,3 +92,50 @@ def test_killed_and_started_again_each_job_is_sent_once(cluster, tmp_path, backe
     ends = completed(run) if backend == "slurm" else completed(trials, "*")
     assert ends == {trial.id: 1 for trial in found}
     assert cluster.left == []
+
+
+def begun(cluster: Cluster, run: pathlib.Path, backend: str, process: subprocess.Popen, number: int = 1) -> list[str]:
+    """Returns the ids of trials that train, once there are so many."""
+    where = "trials/*/metrics.jsonl" if backend in ("slurm", "local") else "*/metrics.jsonl"
+    top = run if backend == "local" else folders(cluster, run, backend)
+    while len(found := [path.parent.name for path in top.glob(where)]) < number:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return found
+
+
+def stop(run: pathlib.Path, key: str, backend: str) -> None:
+    """Has somebody stop a trial's job."""
+    workdir = f"{run}/trials/{key}" if backend in ("slurm", "local") else f"{BUCKET}/{key}"
+    command = [sys.executable, "-m", "launch.pod", "stop", f"--workdir={workdir}"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["local", "slurm", "gke", pytest.param("tpu_vm", marks=pytest.mark.slow)])
+def test_a_trial_whose_job_is_stopped_fails_and_is_not_started_again(cluster, tmp_path, backend):
+    run = tmp_path / "run"
+    given = words(tmp_path, sweep_file(tmp_path, GRID), *JOBS.get(backend, ["--parallel=2"]))
+    with started(given, 0.4) as process:
+        key = begun(cluster, run, backend, process)[0]
+        stop(run, key, backend)
+        shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors == "", (shown, errors)
+    assert shown.count(f"{key} failed: stopped by launch.pod stop\n") == 1 and shown.count(f"{key} started") == 1, shown
+    assert "3 trials: 2 complete, 0 pruned, 1 failed" in shown and "again" not in shown
+    assert cluster.sent == (0 if backend == "local" else 3) and cluster.left == []
+
+
+@pytest.mark.parametrize("backend", ["slurm", "gke"])
+def test_a_job_that_is_stopped_while_its_sweep_is_killed_is_not_started_again(cluster, tmp_path, backend):
+    run = tmp_path / "run"
+    given = words(tmp_path, sweep_file(tmp_path, "Grid({'train.seed': (1,), 'optimizer.learning_rate': (1e-2,)})"))
+    given += JOBS[backend]
+    with started(given, 0.4) as process:
+        [key] = begun(cluster, run, backend, process)
+    stop(run, key, backend)
+    with started(given, 0.05) as process:
+        shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors == "" and "started" not in shown, (shown, errors)
+    assert shown.count(f"{key} failed: stopped by launch.pod stop\n") == 1
+    assert cluster.sent == 1 and cluster.left == []
