@@ -12,7 +12,7 @@ from fot import cache, sharding
 from fot.attention import Partial
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
 from fot.kernels import memory as kernels
-from fot.memory import Memory, Slots
+from fot.memory import Memory, Slots, Stack
 from fot.readers.reader import Reader, of_config
 from fot.readers.table import read
 
@@ -29,6 +29,12 @@ def slots_of(M: int, filled: tuple[tuple[int, int], ...], dtype: str = "float32"
     documents = [np.where((place >= begin) & (place < end), place % 3, -1) for begin, end in filled]
     keys, values = (draw(B, G, M, H, seed=seed, dtype=dtype) for seed in (1, 2))
     return Slots(keys, values, jnp.asarray(np.stack(documents), jnp.int32))
+
+
+def read_by(attend, queries: tuple[jax.Array, jax.Array], slots: Slots, *rest) -> kernels.Read:
+    """Of the second of two layers, the first of which is not a number."""
+    stack = Stack(*(jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in slots[:2]), 1)
+    return attend(*queries, stack, slots.documents, *rest)
 
 
 def queries(Q: int) -> tuple[jax.Array, jax.Array]:
@@ -54,9 +60,9 @@ SOME = ((0, 30), (17, 50))  # one row's first slots, the other's last ones
     ],
 )
 def test_the_kernel_equals_the_reference(M, Q, block, multi_doc):
-    arguments = *queries(Q), slots_of(M, SOME), multi_doc, True, block
-    found = kernels.attend(*arguments)
-    close(found, kernels.reference(*arguments))
+    arguments = queries(Q), slots_of(M, SOME), multi_doc, True, block
+    found = read_by(kernels.attend, *arguments)
+    close(found, read_by(kernels.reference, *arguments))
     blind = np.isneginf(np.asarray(found.lse))
     assert blind.any() != multi_doc and (np.asarray(found.out)[blind] == 0).all()
 
@@ -64,12 +70,12 @@ def test_the_kernel_equals_the_reference(M, Q, block, multi_doc):
 @pytest.mark.parametrize("filled", [((0, 0), (0, 50)), ((0, 0), (0, 0)), ((49, 50), (16, 32))])
 def test_it_does_where_rows_have_nothing_or_little(filled):
     """Blocks in the middle and at the end that are empty, and rows whose blocks all are."""
-    arguments = *queries(4), slots_of(50, filled), True, True, (8, 16)
-    close(kernels.attend(*arguments), kernels.reference(*arguments))
+    arguments = queries(4), slots_of(50, filled), True, True, (8, 16)
+    close(read_by(kernels.attend, *arguments), read_by(kernels.reference, *arguments))
 
 
 def test_a_memory_without_slots_gives_nothing():
-    out, lse = kernels.attend(*queries(4), slots_of(0, SOME), True, True)
+    out, lse = read_by(kernels.attend, queries(4), slots_of(0, SOME), True, True)
     assert out.shape == (B, G, 4, H) and not np.asarray(out).any() and np.isneginf(np.asarray(lse)).all()
 
 
@@ -89,7 +95,7 @@ def test_only_blocks_in_use_are_brought_in():
     ],
 )
 def test_as_many_slots_are_brought_in_as_fit(M, Q, dtype, size):
-    keys = jax.ShapeDtypeStruct((1, 1, M, 100), dtype)
+    keys = jax.ShapeDtypeStruct((3, 1, 1, M, 100), dtype)
     assert kernels._size(keys, Q, kernels.BLOCK[1]) == size
 
 
@@ -97,19 +103,19 @@ def test_as_many_slots_are_brought_in_as_fit(M, Q, dtype, size):
 def test_a_bfloat16_memory_is_read_as_the_reference_reads_it(dtype):
     """By queries in bfloat16, or in float32: products are of the wider of the two."""
     q, documents = queries(12)
-    arguments = q.astype(dtype), documents, slots_of(50, SOME, "bfloat16"), True, True, (8, 16)
-    exact = kernels.reference(q, documents, slots_of(50, SOME), *arguments[3:])
-    found, wanted = kernels.attend(*arguments), kernels.reference(*arguments)
+    arguments = (q.astype(dtype), documents), slots_of(50, SOME, "bfloat16"), True, True, (8, 16)
+    exact = read_by(kernels.reference, (q, documents), slots_of(50, SOME), *arguments[2:])
+    found, wanted = read_by(kernels.attend, *arguments), read_by(kernels.reference, *arguments)
     assert found.out.dtype == wanted.out.dtype == jnp.float32
     for mine, reference, true in zip(found, wanted, exact, strict=True):
         assert jnp.abs(mine - true).max() < 2 * jnp.abs(reference - true).max() + 0.01
 
 
 def test_the_kernel_has_no_races():
-    arguments = *queries(12), slots_of(50, SOME), False
+    arguments = queries(12), slots_of(50, SOME), False
     pltpu.reset_tpu_interpret_mode_state()
-    found = kernels.attend(*arguments, pltpu.InterpretParams(detect_races=True), (8, 16))
-    close(found, kernels.reference(*arguments, True))
+    found = read_by(kernels.attend, *arguments, pltpu.InterpretParams(detect_races=True), (8, 16))
+    close(found, read_by(kernels.reference, *arguments, True))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found

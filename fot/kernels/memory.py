@@ -6,6 +6,7 @@ by scalar prefetch, names them. No logits exist outside the kernel, and a bfloat
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fot.kernels.arithmetic import MASKED, as_columns, as_row, inner, outer
 from fot.kernels.blocks import blocks_of
-from fot.memory import Slots, Stack
+from fot.memory import Stack
 
 BLOCK = 512, 4096  # so many queries keep the matrix unit busy; with few, so many slots make a step worth its overhead
 _LOGITS = 2**19  # of a block of queries by a block of slots, at most: 2 MiB
@@ -38,7 +39,8 @@ class Read(NamedTuple):
 def attend(
     q_BGQH: jax.Array,
     documents_BQ: jax.Array,
-    slots: Slots,
+    stack: Stack,
+    documents_BM: jax.Array,
     multi_doc: bool,
     interpret,
     block: tuple[int, int] = BLOCK,
@@ -48,19 +50,19 @@ def attend(
     Args:
       q_BGQH: queries, scaled; those of a key head are those of all its query heads and tokens.
       documents_BQ: int32, the queries' documents.
-      slots: keys and values [B, G, M, H] of any float dtype, documents [B, M].
+      stack: keys and values [L, B, G, M, H] of any float dtype, and which layer is read.
+      documents_BM: int32, documents of the slots; -1 is an empty one.
       multi_doc: whether queries see slots of other documents than their own.
       interpret: run without a TPU; or how.
       block: queries and slots that the kernel has at once, at most; on a TPU multiples of 128.
     """
     B, G, Q, H = q_BGQH.shape
-    M = slots.documents.shape[1]
+    M = documents_BM.shape[1]
     if M == 0:
         return Read(jnp.zeros(q_BGQH.shape, jnp.float32), jnp.full((B, G, Q), -jnp.inf))
     length, count = blocks_of(Q, block[0])
-    size = _size(slots.keys, length, block[1])
-    order, used = _used(slots.documents, size)
-    stack = slots.stack or Stack(slots.keys[None], slots.values[None], 0)
+    size = _size(stack.keys, length, block[1])
+    order, used = _used(documents_BM, size)
     pad = length * count - Q
     q_BGQH = jnp.pad(q_BGQH, ((0, 0), (0, 0), (0, pad), (0, 0)))
     documents_BQ = jnp.pad(documents_BQ, ((0, 0), (0, pad)), constant_values=-1)
@@ -109,7 +111,7 @@ def attend(
         cost_estimate=pl.CostEstimate(
             flops=4 * q_BGQH.size * M,
             transcendentals=q_BGQH.size // H * M,
-            bytes_accessed=2 * count * slots.keys.size * slots.keys.dtype.itemsize,  # all slots in use
+            bytes_accessed=2 * count * math.prod(stack.keys.shape[1:]) * stack.keys.dtype.itemsize,  # all slots in use
         ),
         interpret=interpret,
         name="memory",
@@ -121,15 +123,15 @@ def attend(
         documents_BQ[:, None],
         stack.keys,
         stack.values,
-        slots.documents[:, None],
+        documents_BM[:, None],
     )
     return Read(out[:, :, :Q], lse[:, :, 0, :Q])
 
 
-def _size(keys_BGMH: jax.Array, queries: int, most: int) -> int:
+def _size(keys_LBGMH: jax.Array, queries: int, most: int) -> int:
     """Returns the slots of a block: all, or as many as fit beside so many queries."""
-    M, H = keys_BGMH.shape[2:]
-    bytes_of_slot = -(-H // _LANES) * _LANES * keys_BGMH.dtype.itemsize
+    M, H = keys_LBGMH.shape[3:]
+    bytes_of_slot = -(-H // _LANES) * _LANES * keys_LBGMH.dtype.itemsize
     most = min(most, _LOGITS // queries, _BYTES // bytes_of_slot)
     return M if most >= M else max(most - most % _LANES, min(most, _LANES))
 
@@ -207,18 +209,19 @@ def _kernel(
 def reference(
     q_BGQH: jax.Array,
     documents_BQ: jax.Array,
-    slots: Slots,
+    stack: Stack,
+    documents_BM: jax.Array,
     multi_doc: bool,
     interpret,
     block: tuple[int, int] = BLOCK,
 ) -> Read:
     """`attend` by the formula: forms all logits; `interpret` and `block` mean nothing to it."""
-    keys = slots.documents[:, None]
-    seen = (keys >= 0) if multi_doc else (keys >= 0) & (keys == documents_BQ[..., None])
-    s = jnp.einsum("bgqh,bgmh->bgqm", q_BGQH, slots.keys, preferred_element_type=jnp.float32)
+    there = documents_BM[:, None]
+    seen = (there >= 0) if multi_doc else (there >= 0) & (there == documents_BQ[..., None])
+    keys, values = stack.keys[stack.layer], stack.values[stack.layer]
+    s = jnp.einsum("bgqh,bgmh->bgqm", q_BGQH, keys, preferred_element_type=jnp.float32)
     s = jnp.where(seen[:, None], s, -jnp.inf)
     lse = jax.nn.logsumexp(s, -1)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
-    values = slots.values
     out = jnp.einsum("bgqm,bgmh->bgqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Read(out, lse)

@@ -49,8 +49,8 @@ def _by_kernel(q_BGRTH, keys_LBGMH, values_LBGMH, layer, documents_BT, documents
     def here(q, stack: Stack, documents_BT, documents_BM):
         B, G, R, T, H = q.shape
         documents_BQ = jnp.broadcast_to(documents_BT[:, None], (B, R, T)).reshape(B, R * T)
-        slots = Slots(stack.keys[0], stack.values[0], documents_BM, stack=stack)
-        found = kernels.attend(q.reshape(B, G, R * T, H), documents_BQ, slots, reader.multi_doc, device.interprets())
+        queries = q.reshape(B, G, R * T, H), documents_BQ
+        found = kernels.attend(*queries, stack, documents_BM, reader.multi_doc, device.interprets())
         return jax.tree.map(lambda x: x.reshape(B, G, R, T, *x.shape[3:]), tuple(found))
 
     axes = sharding.rows_of(len(q_BGRTH))
