@@ -86,7 +86,7 @@ def test_killed_and_started_again_each_job_is_sent_once(cluster, tmp_path, backe
         shown, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors == "", (shown, errors)
     assert shown.count("started, again") >= before and cluster.sent == 3
-    found = Trials.read(sweep._kept(run)["study"], run, "")
+    found = Trials.read(kept(run), run, "")
     assert [trial.state for trial in found] == ["COMPLETE"] * 3
     assert [list(trial.curve) for trial in found] == [[1, 2, 3, 4, 5]] * 3
     ends = completed(run) if backend == "slurm" else completed(trials, "*")
@@ -139,3 +139,88 @@ def test_a_job_that_is_stopped_while_its_sweep_is_killed_is_not_started_again(cl
     assert process.returncode == 1 and errors == "" and "started" not in shown, (shown, errors)
     assert shown.count(f"{key} failed: stopped by launch.pod stop\n") == 1
     assert cluster.sent == 1 and cluster.left == []
+
+
+@pytest.mark.parametrize("backend", ["slurm", pytest.param("gke", marks=pytest.mark.slow)])
+def test_pruning_ends_the_job_of_the_poor_trial_alone(cluster, tmp_path, backend):
+    """Metrics in a bucket are read every 10 seconds, so its trials take 20."""
+    run, count = tmp_path / "run", 10 if backend == "slurm" else 60
+    space = (
+        "Grid({'optimizer.learning_rate': (1e-2, 2e-2, 1e-4, 1.1e-2)})"  # the first two are what the others are held to
+    )
+    file = sweep_file(tmp_path, space, "pruner=Median(trials=1, steps=2)")
+    file.write_text(file.read_text().replace("'train.steps': 5", f"'train.steps': {count}"))
+    with started(words(tmp_path, file, *JOBS[backend]), 0.3) as process:
+        shown, errors = process.communicate(timeout=240)
+    assert process.returncode == 0 and errors == "", (shown, errors)
+    found = {trial.overrides["optimizer.learning_rate"]: trial for trial in Trials.read(kept(run), run, "")}
+    assert [trial.state for trial in found.values()].count("COMPLETE") == 3, shown
+    assert found["0.0001"].state == "PRUNED" and max(found["0.0001"].curve) < count
+    done = completed(run) if backend == "slurm" else completed(folders(cluster, run, backend), "*")
+    assert done == {found[rate].id: 1 for rate in ("0.01", "0.02", "0.011")}
+    assert list(found["0.011"].curve) == list(range(1, count + 1))
+    assert cluster.sent == 4 and cluster.left == []
+
+
+def kept(run: pathlib.Path) -> str:
+    return sweep._kept(run)["study"]
+
+
+@pytest.mark.parametrize("backend", ["slurm", "gke"])
+def test_an_interrupt_leaves_no_job_and_the_same_command_goes_on(cluster, tmp_path, backend):
+    run = tmp_path / "run"
+    given = words(tmp_path, sweep_file(tmp_path, GRID), *JOBS[backend])
+    number = 2
+    with started(given, 0.4) as process:
+        begun(cluster, run, backend, process, number)
+        process.send_signal(signal.SIGINT)
+        shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "interrupted\n", (shown, errors)
+    assert cluster.sent == number and cluster.left == []
+    states = [trial.state for trial in Trials.read(kept(run), run, "")]
+    assert sorted(states) == ["RUNNING"] * number + ["WAITING"] * (3 - number)
+    with started(given, 0.02) as process:
+        shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and shown.count("started, again") == number, (shown, errors)
+    assert "3 trials: 3 complete, 0 pruned, 0 failed" in shown and cluster.left == []
+
+
+@pytest.mark.parametrize("backend", ["slurm", "gke"])
+def test_a_job_that_fails_is_one_failed_trial_and_is_sent_once(cluster, tmp_path, backend):
+    space = "Grid({'optimizer.learning_rate': (1e-1, 1e-2)})"
+    given = words(tmp_path, sweep_file(tmp_path, space), *JOBS[backend])
+    for _ in range(2):  # and again, as it isn't tried again
+        with started(given, 0.02, play="fails") as process:
+            shown, errors = process.communicate(timeout=120)
+        assert process.returncode == 1 and errors == "", (shown, errors)
+        assert "2 trials: 1 complete, 0 pruned, 1 failed" in shown
+        assert cluster.sent == 2 and cluster.left == []
+    states = {
+        trial.overrides["optimizer.learning_rate"]: trial.state
+        for trial in Trials.read(kept(tmp_path / "run"), tmp_path / "run", "")
+    }
+    assert states == {"0.1": "FAIL", "0.01": "COMPLETE"}
+
+
+@pytest.mark.parametrize("backend", ["local", "slurm"])
+def test_a_second_launch_in_one_workdir_is_refused_and_the_first_stays_on_record(
+    cluster, tmp_path, monkeypatch, backend
+):
+    trainer = words(tmp_path, tmp_path)[-1]
+    one = [f"--backend={backend}", "--config=configs/dictionary_tiny.py", f"--workdir={tmp_path / 'run'}", trainer]
+    one += ["--config.train.steps=9", "--config.optimizer.learning_rate=0.01"]
+    one += ["--processes=1", "--devices=1"] if backend == "local" else []
+    monkeypatch.setenv("STEP", "1")
+    pipes = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-m", "launch.pod", *one], **pipes) as first:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert first.poll() in (None, 0), first.communicate()
+            time.sleep(0.05)
+        record = (tmp_path / "run" / "launch" / "job.json").read_bytes()
+        second = subprocess.run(
+            [sys.executable, "-m", "launch.pod", *one, "--config.train.seed=7"], timeout=60, **pipes
+        )
+        assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
+        assert ("in use by" if backend == "local" else "Slurm has a job named") in second.stderr
+        assert (tmp_path / "run" / "launch" / "job.json").read_bytes() == record
+        first.terminate()
