@@ -219,7 +219,7 @@ def _find(reads: tuple[Reads, ...], memory: Memory, place: jax.Array, count: int
     found = []
     for index, each in enumerate(reads):
         q_BTNH, share_BTN = (jax.lax.dynamic_slice_in_dim(x[:1], place, 1, axis=1) for x in each)
-        slots = jax.tree.map(lambda x: x[:1], memory.slots(index))
+        slots = jax.tree.map(lambda x: x[:1], memory.slots(index)._replace(stack=None))
         q_BGRTH = attention.split_heads(q_BTNH, slots.keys.shape[1])
         s_BGRTM = attention.logits(q_BGRTH, slots.keys, (slots.documents >= 0)[:, None])
         scores_NK, slots_NK = jax.lax.top_k(s_BGRTM.reshape(q_BTNH.shape[2], -1), count)
