@@ -55,7 +55,7 @@ class Slots(NamedTuple):
       documents: [B, M] int32, document of the entry's token; -1 is an empty slot.
       lists: the slots in lists, for readers that use them; None if nothing made them.
       listed: [B, M] bool, the slots whose entries `lists` knows; None without lists.
-      stack: what the view is of, for kernels, for which a layer would be copied out of it; None if it is of nothing, and
+      stack: what the view is of, for kernels, for which a layer would be copied out of it; None if it is of nothing, or
         where keys or values were changed.
     """
 
