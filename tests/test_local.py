@@ -84,7 +84,7 @@ def step(config: ModelConfig):
     return jax.jit(jax.value_and_grad(loss)), model.init(jax.random.key(0), config)
 
 
-@pytest.mark.parametrize("remat", ["elementwise", "mlp"])
+@pytest.mark.parametrize("remat", ["elementwise", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_the_model_is_the_same_with_kernels(remat):
     config = dataclasses.replace(MODEL, remat=remat, memory_positions="zero", qk_norm=False)
     (plain, params), (kernels, _) = step(config), step(with_kernels(config))

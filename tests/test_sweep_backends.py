@@ -160,7 +160,7 @@ def kept(run: pathlib.Path) -> str:
     return sweep._kept(run)["study"]
 
 
-@pytest.mark.parametrize("backend", ["slurm", "gke"])
+@pytest.mark.parametrize("backend", ["slurm", pytest.param("gke", marks=pytest.mark.slow)])
 def test_an_interrupt_leaves_no_job_and_the_same_command_goes_on(cluster, tmp_path, backend):
     run = tmp_path / "run"
     given = words(tmp_path, sweep_file(tmp_path, GRID), *JOBS[backend])
@@ -179,7 +179,7 @@ def test_an_interrupt_leaves_no_job_and_the_same_command_goes_on(cluster, tmp_pa
     assert "3 trials: 3 complete, 0 pruned, 0 failed" in shown and cluster.left == []
 
 
-@pytest.mark.parametrize("backend", ["slurm", "gke"])
+@pytest.mark.parametrize("backend", ["slurm", pytest.param("gke", marks=pytest.mark.slow)])
 def test_a_job_that_fails_is_one_failed_trial_and_is_sent_once(cluster, tmp_path, backend):
     space = "Grid({'optimizer.learning_rate': (1e-1, 1e-2)})"
     given = words(tmp_path, sweep_file(tmp_path, space), *JOBS[backend])
