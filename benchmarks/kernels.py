@@ -80,7 +80,7 @@ def reading(case: str, flags: argparse.Namespace, mesh: Mesh) -> Lowered:
     name, _, queries = case.rpartition("_")
     reader, choice = READING[name]
     config = ExperimentConfig(model=ModelConfig(attention_kernel=choice))
-    place = loading.row_major(loading.memory_sharding(mesh))
+    place = loading.memory_format(mesh)
     T = flags.context if queries == "window" else 1
     q = jax.ShapeDtypeStruct(
         (2, T, 2 * flags.heads, flags.head_dim),

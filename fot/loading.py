@@ -79,21 +79,21 @@ def _specs(slots: str | None) -> Memory:
 
 @functools.lru_cache(maxsize=64)
 def store(mesh: Mesh) -> Store:
-    """Returns the programs of memories that live as `memory_sharding` says; each compiles once for a shape."""
-    return _device_store(memories.write, memory_sharding(mesh))
+    """Returns the programs of memories that live as `memory_format` says; each compiles once for a shape."""
+    return _device_store(memories.write, memory_format(mesh))
 
 
-def row_major(place: Memory) -> Memory:
-    """Returns where a memory lives, with how: a slot's numbers side by side, as kernels read them.
+def memory_format(mesh: Mesh, slots: str | None = None) -> Memory:
+    """Returns `memory_sharding` with how entries lie there: a slot's numbers side by side, as kernels read them.
 
     Left alone, the TPU's compiler lays out heads that aren't of 128 numbers otherwise, and copies a memory to read it.
     """
+    place = memory_sharding(mesh, slots)
     pairs = Format(Layout(tuple(range(5))), place.keys)
     return place._replace(keys=pairs, values=pairs)
 
 
 def _device_store(write: Callable[..., Memory], place: Memory) -> Store:
-    place = row_major(place)
     return Store(
         _sized(jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)),
         write=jax.jit(write, out_shardings=place, donate_argnums=0),
@@ -115,7 +115,7 @@ def _sharded_store(mesh: Mesh) -> Store:
     write = jax.shard_map(
         write_part, mesh=mesh, in_specs=(specs, entries, entries, PartitionSpec(sharding.ROWS)), out_specs=specs
     )
-    made = _device_store(write, memory_sharding(mesh, sharding.SLOTS))
+    made = _device_store(write, memory_format(mesh, sharding.SLOTS))
     return made._replace(
         empty=lambda config, rows, capacity, dtype: made.empty(config, rows, -(-capacity // shards) * shards, dtype)
     )
@@ -126,7 +126,7 @@ def _listed_store(mesh: Mesh, list_size: int) -> Store:
     """Lists lie where the rows and heads of their memory do."""
     heads = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS, _HEADS))
     lists = Index(Lists(*[heads] * len(Lists._fields)), NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
-    place = memory_sharding(mesh)._replace(index=lists)
+    place = memory_format(mesh)._replace(index=lists)
     build, refresh = (
         jax.jit(functools.partial(make, list_size=list_size), out_shardings=place, donate_argnums=0)
         for make in (index.build, index.refresh)

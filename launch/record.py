@@ -103,17 +103,21 @@ def newest(workdir: str) -> dict[str, Any]:
 
 def end(workdir: str, code: int) -> None:
     """Writes with which exit code the newest launch has ended; raises UserError as `save` does."""
-    _write(workdir, "job.json", json.dumps({**load(workdir), "ended": code}, indent=2) + "\n")
+    _add(workdir, ended=code)
 
 
 def stop(workdir: str) -> None:
     """Writes that the newest launch is stopped on purpose; raises UserError as `save` does."""
-    _write(workdir, "job.json", json.dumps({**load(workdir), "stopped": True}, indent=2) + "\n")
+    _add(workdir, stopped=True)
 
 
 def stopped(workdir: str) -> bool:
     """Returns whether the newest launch was stopped on purpose; raises UserError as `newest` does."""
     return bool(newest(workdir).get("stopped", False))
+
+
+def _add(workdir: str, **fields: Any) -> None:
+    _write(workdir, "job.json", json.dumps({**load(workdir), **fields}, indent=2) + "\n")
 
 
 def _read(workdir: str) -> str:

@@ -142,8 +142,8 @@ class Worker:
             folder.mkdir(parents=True, exist_ok=True)
             log = open(folder / LOG, "a", encoding="utf-8", errors="replace")
             removes = bool(again) and self._stopped(trial)  # while no sweep ran
-            words = ["delete", f"--workdir={self._plan.place(trial.id)}"]
-            words = words if removes else self._plan.command(trial.id, trial.overrides)
+            delete = ["delete", f"--workdir={self._plan.place(trial.id)}"]
+            words = delete if removes else self._plan.command(trial.id, trial.overrides)
             argv = [sys.executable, "-m", "launch.pod", *words]
             grace = PATIENCE if self._plan.local else LEAVING
             group = Group([Command(argv, {})], lambda _, line, log=log: print(line, file=log, flush=True), grace)

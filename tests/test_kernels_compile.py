@@ -97,7 +97,7 @@ def test_memory_attention_compiles_and_neither_copies_a_memory_nor_has_logits(
     def array(dtype: str, shape: tuple[int, ...], *spec: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    place = loading.row_major(loading.memory_sharding(mesh, of_slots))
+    place = loading.memory_format(mesh, of_slots)
     entries = jax.ShapeDtypeStruct((3, 1, 4, slots, head_dim), dtype, sharding=place.keys)
     held = Memory(entries, entries, array("int32", (1, slots), None, of_slots), array("int32", (1,)))
     q = array("bfloat16", (1, tokens, heads, head_dim), None, None, "tensor")
@@ -121,7 +121,7 @@ def test_memory_attention_compiles_and_neither_copies_a_memory_nor_has_logits(
 def test_a_memory_is_written_in_the_layout_in_which_it_is_read_and_given_up_for_the_new_one(name):
     mesh = sharding.make_mesh(MeshConfig(tensor=2, sequence=2), generations.devices("v4:2x2x1")[:4])
     store = loading.store_of(Reader(name, 1, 256, True, 0.9, 4, 2), mesh)
-    place = loading.row_major(loading.memory_sharding(mesh, "sequence" if name == "sharded_dense" else None))
+    place = loading.memory_format(mesh, "sequence" if name == "sharded_dense" else None)
     held = jax.tree.map(
         lambda shape, where: jax.ShapeDtypeStruct(shape[0], shape[1], sharding=where),
         Memory(*2 * [((3, 1, 4, 2**16, 100), jnp.bfloat16)], ((1, 2**16), jnp.int32), ((1,), jnp.int32)),
@@ -191,7 +191,7 @@ def test_the_forward_kernel_of_plain_layers_does_not_run_again_in_the_backward_p
 
 def test_a_v3_compiles_the_jnp_form():
     config = ModelConfig(
-        layers=1, memory_layers=(0,), dim=32, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, attention_block=16
+        layers=2, memory_layers=(0,), dim=32, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, attention_block=16
     )
     tokens = jax.ShapeDtypeStruct((B, 16), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
@@ -208,7 +208,8 @@ def test_a_v3_compiles_the_jnp_form():
                 .as_text()
             )
 
-    assert "tpu_custom_call" in text("v4:2x2x1", config)
+    kernels = text("v4:2x2x1", config)
+    assert "tpu_custom_call" in kernels and "splash_mha_fwd" in kernels
     assert "tpu_custom_call" not in text("v3:2x2", config)
     assert "tpu_custom_call" not in text("v4:2x2x1", dataclasses.replace(config, attention_kernel="jnp"))
 

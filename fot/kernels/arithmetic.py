@@ -1,7 +1,10 @@
-"""Arithmetic on blocks in VMEM, for the kernels of crossbatch attention: masks, products, gradients of logits."""
+"""Arithmetic on blocks in VMEM, for all kernels of ours: masks, products, a softmax under way, gradients of logits."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from fot.kernels.plan import KIND, NEGATIVE
 
@@ -19,6 +22,49 @@ def visible(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], flag: j
     other = jnp.where(document < 0, _LARGEST, elsewhere)
     same = query_document == jnp.where(document < 0, -2, document)
     return jnp.where(same, position, other) <= query_position
+
+
+class Softmax(NamedTuple):
+    """The softmax of a block of queries under way, in references to scratch.
+
+    Attributes:
+      top: [T, 1] float32, the largest logit so far.
+      total: [T, 1] float32, the sum of exponentials below it.
+      sums: [T, H] float32, values weighted by them.
+    """
+
+    top: Any
+    total: Any
+    sums: Any
+
+    def start(self) -> None:
+        """Has seen nothing."""
+        self.top[...] = jnp.full(self.top.shape, MASKED)
+        self.total[...] = jnp.zeros(self.total.shape)
+        self.sums[...] = jnp.zeros(self.sums.shape)
+
+    def take(self, s: jax.Array, v: jax.Array) -> None:
+        """Takes logits [T, S], `MASKED` where nothing is seen, with values [S, H]."""
+        top = self.top[...]
+        higher = jnp.maximum(top, s.max(1, keepdims=True))
+        # Of a query that has seen nothing yet these are ones; its first visible key shrinks them to nothing.
+        p, shrink = jnp.exp(s - higher), jnp.exp(top - higher)
+        self.top[...] = higher
+        self.total[...] = self.total[...] * shrink + p.sum(1, keepdims=True)
+        self.sums[...] = self.sums[...] * shrink + inner(p.astype(v.dtype), v)
+
+    def out(self) -> jax.Array:
+        """[T, H] float32; zeros where nothing was seen."""
+        return jnp.where(self.top[...] > MASKED, self.sums[...] / self.total[...], 0)
+
+    def lse(self) -> jax.Array:
+        """[1, T] float32, log-sum-exp; -inf where nothing was seen."""
+        return as_row(jnp.where(self.top[...] > MASKED, self.top[...] + jnp.log(self.total[...]), -jnp.inf))
+
+
+def softmax_scratch(queries: int, head_dim: int) -> list[Any]:
+    """The scratch of a `Softmax`."""
+    return [pltpu.VMEM((queries, width), jnp.float32) for width in (1, 1, head_dim)]
 
 
 def logit_gradients(s, dp, seen, lse, delta) -> tuple[jax.Array, jax.Array]:

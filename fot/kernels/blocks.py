@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -19,6 +20,11 @@ def blocks_of(length: int, block: int) -> tuple[int, int]:
     count = -(-length // block)
     unit = min(block, 128)
     return (length, 1) if count == 1 else (min(-(-length // (count * unit)) * unit, block), count)
+
+
+def heads_first(x: jax.Array, pad: int) -> jax.Array:
+    """[rows, T, heads, H] → [rows, heads, T + pad, H]."""
+    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
 class Blocks(NamedTuple):

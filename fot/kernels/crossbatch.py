@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fot import attention, ring
 from fot.attention import Partial, Tokens
 from fot.kernels import passes
-from fot.kernels.blocks import Blocks, blocks_of
+from fot.kernels.blocks import Blocks, blocks_of, heads_first
 from fot.kernels.passes import Keys
 from fot.kernels.plan import Plan, make_plan
 from fot.ring import Trip
@@ -105,15 +105,12 @@ def attend_around(
     blocks = Blocks(length, count, interpret)
     pad = length * count - T
 
-    def heads_first(x):
-        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
-
     def both(tokens):
         documents = jnp.pad(tokens.documents, ((0, 0), (0, pad)), constant_values=-1)
         return jnp.stack([documents, jnp.pad(tokens.positions, ((0, 0), (0, pad)))], axis=1)
 
-    near, far = Keys(*map(heads_first, near)), Keys(*map(heads_first, far))
-    out, lse, local_lse = _attend(heads_first(q_ATNH), near, far, both(queries), both(tokens), plans, trip, blocks)
+    q, near, far = jax.tree.map(lambda x: heads_first(x, pad), (q_ATNH, near, far))
+    out, lse, local_lse = _attend(q, near, far, both(queries), both(tokens), plans, trip, blocks)
     return Joint(
         out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T], jax.lax.stop_gradient(local_lse).swapaxes(1, 2)[:, :T]
     )

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from fot import attention
 from fot.attention import Tokens
-from fot.kernels.blocks import blocks_of
+from fot.kernels.blocks import blocks_of, heads_first
 
 _LANES = 128
 
@@ -38,9 +38,6 @@ def attend(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, tokens: Toke
     length, count = blocks_of(-(-T // _LANES) * _LANES, block)
     pad = length * count - T
 
-    def heads_first(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
-
     documents_BT = jnp.pad(tokens.documents, ((0, 0), (0, pad)), constant_values=-1)
     kernel = make_splash_mha(
         MultiHeadMask([CausalMask((T + pad, T + pad))] * N),
@@ -50,5 +47,6 @@ def attend(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, tokens: Toke
         residual_checkpoint_name=attention.OUTPUT,
         interpret=interpret,
     )
-    out = jax.vmap(kernel)(*map(heads_first, (q_BTNH, k_BTGH, v_BTGH)), SegmentIds(documents_BT, documents_BT))
+    q, k, v = (heads_first(x, pad) for x in (q_BTNH, k_BTGH, v_BTGH))
+    out = jax.vmap(kernel)(q, k, v, SegmentIds(documents_BT, documents_BT))
     return out.swapaxes(1, 2)[:, :T]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fot.kernels.arithmetic import MASKED, as_columns, as_row, inner, outer
+from fot import attention
+from fot.kernels.arithmetic import MASKED, Softmax, as_columns, outer, softmax_scratch
 from fot.kernels.blocks import blocks_of
 from fot.memory import Stack
 
@@ -95,11 +96,7 @@ def attend(
                 ),
             ],
             out_specs=[pl.BlockSpec((None, None, length, H), queries), pl.BlockSpec((None, None, 1, length), numbers)],
-            scratch_shapes=[
-                pltpu.VMEM((length, 1), jnp.float32),
-                pltpu.VMEM((length, 1), jnp.float32),
-                pltpu.VMEM((length, H), jnp.float32),
-            ],
+            scratch_shapes=softmax_scratch(length, H),
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q_BGQH.shape, jnp.float32),
@@ -151,32 +148,14 @@ def _used(documents_BM: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _kernel(
-    _,
-    order,
-    used,
-    q,
-    documents,
-    keys,
-    values,
-    slot_documents,
-    out,
-    lse,
-    top,
-    total,
-    sums,
-    *,
-    slots: int,
-    multi_doc: bool,
+    _, order, used, q, documents, keys, values, slot_documents, out, lse, *scratch, slots: int, multi_doc: bool
 ):
     row, step, size = pl.program_id(0), pl.program_id(3), keys.shape[0]
     steps = pl.num_programs(3)
     first = order[row * steps + step] * size
+    softmax = Softmax(*scratch)
 
-    @pl.when(step == 0)
-    def _():
-        top[...] = jnp.full(top.shape, MASKED)
-        total[...] = jnp.zeros(total.shape)
-        sums[...] = jnp.zeros(sums.shape)
+    pl.when(step == 0)(softmax.start)
 
     def within(shape: tuple[int, int], axis: int) -> jax.Array:
         return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < slots
@@ -191,19 +170,12 @@ def _kernel(
         if not multi_doc:
             seen &= as_columns(documents[...]) == there
         dtype = jnp.promote_types(q.dtype, k.dtype)
-        s = jnp.where(seen, outer(q[...].astype(dtype), k.astype(dtype)), MASKED)
-        higher = jnp.maximum(top[...], s.max(1, keepdims=True))
-        # Of a query that has seen nothing yet these are ones; its first visible slot shrinks them to nothing.
-        p, shrink = jnp.exp(s - higher), jnp.exp(top[...] - higher)
-        top[...] = higher
-        total[...] = total[...] * shrink + p.sum(1, keepdims=True)
-        sums[...] = sums[...] * shrink + inner(p.astype(v.dtype), v)
+        softmax.take(jnp.where(seen, outer(q[...].astype(dtype), k.astype(dtype)), MASKED), v)
 
     @pl.when(step == steps - 1)
     def _():
-        some = top[...] > MASKED
-        out[...] = jnp.where(some, sums[...] / total[...], 0)
-        lse[...] = as_row(jnp.where(some, top[...] + jnp.log(total[...]), -jnp.inf))
+        out[...] = softmax.out()
+        lse[...] = softmax.lse()
 
 
 def reference(
@@ -222,6 +194,6 @@ def reference(
     s = jnp.einsum("bgqh,bgmh->bgqm", q_BGQH, keys, preferred_element_type=jnp.float32)
     s = jnp.where(seen[:, None], s, -jnp.inf)
     lse = jax.nn.logsumexp(s, -1)
-    p = jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
+    p = jnp.exp(s - attention.finite(lse)[..., None])
     out = jnp.einsum("bgqm,bgmh->bgqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Read(out, lse)

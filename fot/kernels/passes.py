@@ -12,7 +12,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fot.kernels.arithmetic import MASKED, as_columns, as_row, inner, logit_gradients, outer, two, visible
+from fot.kernels.arithmetic import (
+    MASKED,
+    Softmax,
+    as_columns,
+    inner,
+    logit_gradients,
+    outer,
+    softmax_scratch,
+    two,
+    visible,
+)
 from fot.kernels.blocks import Blocks, Where
 from fot.kernels.plan import FIRST, JOINT, KIND, LAST, NEAR, ByKey, ByQuery
 
@@ -61,9 +71,7 @@ def forward(q: jax.Array, near: Keys, far: Keys, queries: jax.Array, keys: jax.A
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), numbers, numbers],
         scratch_shapes=[
             pltpu.VMEM((blocks.length, 2), jnp.int32),
-            pltpu.VMEM((blocks.length, 1), jnp.float32),
-            pltpu.VMEM((blocks.length, 1), jnp.float32),
-            pltpu.VMEM((blocks.length, H), jnp.float32),
+            *softmax_scratch(blocks.length, H),
         ],
     )
     return Results(*call(*steps, queries, queries, keys, *near, *far, q))
@@ -89,39 +97,28 @@ def _forward(
     _, __, ___, flags, tokens, near_tokens, far_tokens, near_k, near_v, far_k, far_v, q, out, lse, near_lse, *scratch
 ):
     flag = flags[pl.program_id(1)]
-    columns, top, total, sums = scratch
+    columns, softmax = scratch[0], Softmax(*scratch[1:])
 
     @pl.when(flag & FIRST > 0)
     def _():
         columns[...] = as_columns(tokens[...])
-        top[...] = jnp.full(top.shape, MASKED)
-        total[...] = jnp.zeros(total.shape)
-        sums[...] = jnp.zeros(sums.shape)
+        softmax.start()
 
     def take(k, v, keys):
         seen = visible(two(columns[...], 1), two(keys[...], 0), flag)
-        s = jnp.where(seen, outer(q[...], k[...]), MASKED)
-        higher = jnp.maximum(top[...], s.max(1, keepdims=True))
-        # Of a query that has seen nothing yet these are ones; its first visible key shrinks them to nothing.
-        p, shrink = jnp.exp(s - higher), jnp.exp(top[...] - higher)
-        top[...] = higher
-        total[...] = total[...] * shrink + p.sum(1, keepdims=True)
-        sums[...] = sums[...] * shrink + inner(p.astype(v.dtype), v[...])
+        softmax.take(jnp.where(seen, outer(q[...], k[...]), MASKED), v[...])
 
     pl.when(flag & KIND == NEAR)(lambda: take(near_k, near_v, near_tokens))
     pl.when(flag & KIND > NEAR)(lambda: take(far_k, far_v, far_tokens))
 
-    def logsumexp():
-        return as_row(jnp.where(top[...] > MASKED, top[...] + jnp.log(total[...]), -jnp.inf))
-
     @pl.when(flag & JOINT > 0)
     def _():
-        near_lse[...] = logsumexp()
+        near_lse[...] = softmax.lse()
 
     @pl.when(flag & LAST > 0)
     def _():
-        out[...] = jnp.where(top[...] > MASKED, sums[...] / total[...], 0).astype(out.dtype)
-        lse[...] = logsumexp()
+        out[...] = softmax.out().astype(out.dtype)
+        lse[...] = softmax.lse()
 
 
 def query_gradients(

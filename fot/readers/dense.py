@@ -28,16 +28,16 @@ def dense(q_BTNH: jax.Array, documents_BT: jax.Array, slots: Slots, reader: Read
 
 def _streamed(q_BGRTH, keys_BGMH, values_BGMH, documents_BT, documents_BM, reader: Reader):
     """Returns output [B, G, R, T, H] and log-sum-exp [B, G, R, T]."""
-    slots = Slots(keys_BGMH, values_BGMH, documents_BM)
 
     def step(running, block: Block):
         s = attention.logits(q_BGRTH, block.keys, visible(documents_BT, block, reader))
         return attention.accumulate(running, s, block.values)
 
     if attention.few(q_BGRTH, keys_BGMH):
-        whole = Block(*slots[:3], jnp.int32(0))
+        whole = Block(keys_BGMH, values_BGMH, documents_BM, jnp.int32(0))
         running = attention.attend_few(q_BGRTH, keys_BGMH, values_BGMH, visible(documents_BT, whole, reader))
     else:
+        slots = Slots(keys_BGMH, values_BGMH, documents_BM)
         running = fold(step, attention.start(q_BGRTH), slots, reader.block)
     return attention.finish(running)
 
