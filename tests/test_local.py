@@ -56,8 +56,10 @@ def close(left, right, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), left, right)
 
 
-@pytest.mark.parametrize("head_dim", [64, 100])
-def test_splash_attention_is_local_attention_in_value_and_gradient(head_dim):
+@pytest.mark.parametrize(("head_dim", "block"), [(64, 512), (64, 128), (100, 512)])
+def test_splash_attention_is_local_attention_in_value_and_gradient(monkeypatch, head_dim, block):
+    """In one block a row, and in two."""
+    monkeypatch.setattr(local, "BLOCK", block)
     close(value_and_gradients(with_kernels(MODEL), head_dim), value_and_gradients(MODEL, head_dim), 2e-5)
 
 
