@@ -1,8 +1,8 @@
-"""Checkpoints: training state, data position and config in one folder a step; the only file that touches orbax.
+"""Checkpoints: training state, data position and config in one folder a step; only here and in `checksum` is orbax.
 
-`<directory>/<step>/` holds three items: `state` (arrays), `position` (JSON) and `config` (JSON). orbax writes them
-into a temporary folder and renames it when every item is there, so a folder named by a number is complete and
-an interrupted save leaves nothing that could be taken for a checkpoint.
+`<directory>/<step>/` holds three items: `state` (arrays), `position` (JSON) and `config` (JSON), all with checksums.
+orbax writes them into a temporary folder and renames it when every item is there, so a folder named by a number is
+complete and an interrupted save leaves nothing that could be taken for a checkpoint.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fot import bucket, distributed
+from fot import bucket, checksum, distributed
 from fot.config import ExperimentConfig, TrainConfig, differences, from_dict, to_dict
 from fot.errors import CheckpointError, ConfigError, LostError
 
@@ -113,8 +113,8 @@ class Checkpointer:
             )
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            position=ocp.args.JsonSave(data_position),
-            config=ocp.args.JsonSave(to_dict(config)),
+            position=ocp.args.JsonSave(checksum.sealed(data_position)),
+            config=ocp.args.JsonSave(checksum.sealed(to_dict(config))),
         )
         self._step, self._unseen = step, True
         try:
@@ -177,7 +177,7 @@ class Checkpointer:
         )
         restored = _read(folder, state=args, position=ocp.args.JsonRestore())
         self._step = int(folder.name)
-        return Restored(restored.state, restored.position)
+        return Restored(restored.state, _unsealed(folder, "position", restored.position))
 
     def restore_params(self, step: int | None, abstract_params: Any) -> Any:
         """Restores the parameters alone, reading nothing else; arguments and errors are those of `restore`."""
@@ -215,7 +215,7 @@ def load_config(directory: str | pathlib.PurePath) -> ExperimentConfig:
     """
     _quieten()
     folder = _folder(_path(directory), None)
-    values = _read(folder, config=ocp.args.JsonRestore()).config
+    values = _unsealed(folder, "config", _read(folder, config=ocp.args.JsonRestore()).config)
     try:
         return from_dict(filled(values, to_dict(ExperimentConfig())))
     except ConfigError as error:
@@ -254,8 +254,8 @@ def _quieten() -> None:
 
 
 def _unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
-    """Reports as before, but for tensorstore's news of a failed save's other arrays to an event loop that has ended."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Reports as before, but for news of the other arrays of a save or restore that has failed, and was told."""
+    if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
         report(unraisable)
 
 
@@ -277,7 +277,12 @@ def _open(directory: epath.Path, config: TrainConfig) -> ocp.CheckpointManager:
         cleanup_tmp_directories=True,
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
     )
-    return ocp.CheckpointManager(directory, options=options)
+    handlers = {
+        "state": checksum.arrays(_processes()),
+        "position": ocp.JsonCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 def _processes() -> ocp.options.MultiprocessingOptions:
@@ -322,6 +327,14 @@ def _read(folder: epath.Path, **items: Any) -> ocp.args.Composite:
     if missing:
         raise _damaged(folder, f"{missing[0]} is missing")
     return restored
+
+
+def _unsealed(folder: epath.Path, item: str, saved: Any) -> Any:
+    """Returns the JSON values of an item; raises CheckpointError if they aren't those that were saved."""
+    try:
+        return checksum.unsealed(saved)
+    except ValueError as error:
+        raise _damaged(folder, f"{item}: {error}") from error
 
 
 def _check_arrays(folder: epath.Path, abstract: Any, *, whole: bool) -> None:

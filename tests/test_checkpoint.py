@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fot import checksum
 from fot.checkpoint import CHANGEABLE, Checkpointer, check_config, load_config
 from fot.config import ExperimentConfig, TrainConfig, fields, to_dict
 from fot.errors import CheckpointError
@@ -317,16 +318,16 @@ def test_fields_newer_than_the_checkpoint_have_their_defaults(tmp_path):
     with Checkpointer(tmp_path, KEEP) as checkpointer:
         checkpointer.save(1, make_state(1), POSITION, config)
     path = tmp_path / "1" / "config" / "metadata"
-    values = json.loads(path.read_text())
+    values = checksum.unsealed(json.loads(path.read_text()))
     del values["model"]["loss_block"], values["evaluate"]
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(checksum.sealed(values)))
     assert load_config(tmp_path) == config
 
 
 def test_damaged_config_is_one_line(tmp_path):
     save(tmp_path, 1)
-    for text in ('{"model": {"dims": 3}}', '{"model": 3}'):
-        (tmp_path / "1" / "config" / "metadata").write_text(text)
+    for values in ({"model": {"dims": 3}}, {"model": 3}):
+        (tmp_path / "1" / "config" / "metadata").write_text(json.dumps(checksum.sealed(values)))
         with pytest.raises(CheckpointError, match="another version of fot") as raised:
             load_config(tmp_path)
         assert "\n" not in str(raised.value)

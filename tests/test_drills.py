@@ -219,7 +219,12 @@ def a_shard_file_is_damaged(run: Run, draw: random.Random) -> None:
         codes([process])
     newest = run.workdir / "checkpoints" / str(max(run.complete()))
     shard = max(newest.glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
-    os.truncate(shard, draw.randrange(shard.stat().st_size // 2))
+    if draw.randrange(2):
+        os.truncate(shard, draw.randrange(shard.stat().st_size // 2))
+    else:
+        content = bytearray(shard.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        shard.write_bytes(content)
     with run.started() as [process]:
         assert codes([process]) == [cli.USER_ERROR]
     [line] = run.place.errors(run.name)

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Lowest first; a module may import from lower lines alone. A package is one module here.
 FLOORS = (
-    ("errors", "rollcall"),
+    ("checksum", "errors", "rollcall"),
     ("bucket",),
     ("config", "files"),
     ("cli", "device", "lease"),
@@ -36,7 +36,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Library -> the modules of fot that may import it.
 OWNERS = {
     "flax": {"layers"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "checksum"},
     "google": {"bucket"},
     "fsspec": {"bucket"},
     "tensorflow": {"data"},
