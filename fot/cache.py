@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fot.attention import Partial
 from fot.config import ModelConfig
-from fot.memory import Slots
+from fot.memory import Slots, moved, moved_back
 from fot.readers.dense import dense
 from fot.readers.reader import Reader
 
@@ -77,11 +77,8 @@ def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:
     )
 
     def put(held: jax.Array, new: jax.Array) -> jax.Array:
-        if held.dtype == jnp.bfloat16:
-            # As integers, for the reason that `fot.memory.write_part` gives.
-            held, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (held, new))
-        written = held.at[index].set(new.swapaxes(1, 2), mode="drop")
-        return jax.lax.bitcast_convert_type(written, jnp.bfloat16) if held.dtype == jnp.uint16 else written
+        written = moved(held).at[index].set(moved(new).swapaxes(1, 2), mode="drop")
+        return moved_back(written, held.dtype)
 
     keys, values, stored = (
         tuple(map(put, *pair))

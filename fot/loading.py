@@ -80,7 +80,7 @@ def _specs(slots: str | None) -> Memory:
 @functools.lru_cache(maxsize=64)
 def store(mesh: Mesh) -> Store:
     """Returns the programs of memories that live as `memory_format` says; each compiles once for a shape."""
-    return _device_store(memories.write, memory_format(mesh))
+    return _device_store(mesh, memory_format(mesh))
 
 
 def memory_format(mesh: Mesh, slots: str | None = None) -> Memory:
@@ -93,7 +93,23 @@ def memory_format(mesh: Mesh, slots: str | None = None) -> Memory:
     return place._replace(keys=pairs, values=pairs)
 
 
-def _device_store(write: Callable[..., Memory], place: Memory) -> Store:
+def _device_store(mesh: Mesh, place: Memory, slots: str | None = None) -> Store:
+    """Slots are split over that mesh axis, None is none."""
+    shards, specs = mesh.shape[slots] if slots else 1, _specs(slots)
+    entries = PartitionSpec(None, sharding.ROWS, None, _HEADS, None)
+
+    def write_part(part: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.Array) -> Memory:
+        first = jax.lax.axis_index(slots) * part.capacity if slots else 0
+        return memories.write_part(part, keys, values, documents_BT, first, part.capacity * shards)
+
+    # By hand: XLA would bring together what it writes to places that it does not know.
+    by_hand = jax.shard_map(
+        write_part, mesh=mesh, in_specs=(specs, entries, entries, PartitionSpec(sharding.ROWS)), out_specs=specs
+    )
+
+    def write(memory: Memory, *window: jax.Array) -> Memory:
+        return by_hand(memory._replace(index=None), *window)._replace(index=memory.index)
+
     return Store(
         _sized(jax.jit(memories.empty, static_argnums=(0, 1, 2, 3, 4, 5), out_shardings=place)),
         write=jax.jit(write, out_shardings=place, donate_argnums=0),
@@ -104,18 +120,8 @@ def _device_store(write: Callable[..., Memory], place: Memory) -> Store:
 @functools.lru_cache(maxsize=64)
 def _sharded_store(mesh: Mesh) -> Store:
     """Slots are split over the mesh axis `sharding.SLOTS`, and capacities rounded up to a multiple of its devices."""
-    shards, specs = mesh.shape[sharding.SLOTS], _specs(sharding.SLOTS)
-    entries = PartitionSpec(None, sharding.ROWS, None, _HEADS, None)
-
-    def write_part(part: Memory, keys: jax.Array, values: jax.Array, documents_BT: jax.Array) -> Memory:
-        first = jax.lax.axis_index(sharding.SLOTS) * part.capacity
-        return memories.write_part(part, keys, values, documents_BT, first, part.capacity * shards)
-
-    # By hand: XLA would bring the slots together for a scatter whose places it does not know.
-    write = jax.shard_map(
-        write_part, mesh=mesh, in_specs=(specs, entries, entries, PartitionSpec(sharding.ROWS)), out_specs=specs
-    )
-    made = _device_store(write, memory_format(mesh, sharding.SLOTS))
+    shards = mesh.shape[sharding.SLOTS]
+    made = _device_store(mesh, memory_format(mesh, sharding.SLOTS), sharding.SLOTS)
     return made._replace(
         empty=lambda config, rows, capacity, dtype: made.empty(config, rows, -(-capacity // shards) * shards, dtype)
     )
@@ -131,7 +137,7 @@ def _listed_store(mesh: Mesh, list_size: int) -> Store:
         jax.jit(functools.partial(make, list_size=list_size), out_shardings=place, donate_argnums=0)
         for make in (index.build, index.refresh)
     )
-    made = _device_store(memories.write, place)
+    made = _device_store(mesh, place)
     return made._replace(
         empty=lambda *shape: build(store(mesh).empty(*shape)),
         build=build,

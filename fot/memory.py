@@ -9,7 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from fot import device
 from fot.errors import UserError
 
 
@@ -176,29 +178,59 @@ def write_part(
     Returns:
       The new part.
     """
-    real_BT = documents_BT >= 0
-    rank_BT = jnp.cumsum(real_BT, axis=1) - 1
-    count_B = real_BT.sum(1)
-    kept_BT = real_BT & (rank_BT >= (count_B - capacity)[:, None])
-    slot_BT = (part.written[:, None] + rank_BT) % max(capacity, 1) - first
-    slot_BT = jnp.where(kept_BT & (slot_BT >= 0), slot_BT, capacity)
-    row_B1 = jnp.arange(documents_BT.shape[0])[:, None]
-    head_G1 = jnp.arange(part.keys.shape[2])[:, None]
+    keys, values, documents_BT = map(jnp.asarray, (keys, values, documents_BT))
+    count_B = (documents_BT >= 0).sum(1)
+    written = part._replace(written=part.written + count_B)
+    if not part.capacity:
+        return written
+    order_BT = jnp.argsort(documents_BT < 0, axis=1, stable=True)  # the tokens that are written come first
+    width = min(documents_BT.shape[1], part.capacity)
+    start_B = jnp.clip(part.written % capacity - first, 0, part.capacity - width)
 
-    def put(held, new):
-        new = new.swapaxes(2, 3).astype(held.dtype)
-        if held.dtype == jnp.bfloat16:
-            # As integers: XLA's CPU backend would convert all that is held to float32 and back.
-            held, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (held, new))
-        written = held.at[:, row_B1[..., None], head_G1, slot_BT[:, None]].set(new, mode="drop")
-        return jax.lax.bitcast_convert_type(written, jnp.bfloat16) if held.dtype == jnp.uint16 else written
+    def put(row: jax.Array, held: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        # A window is one piece of a row, or the end of a row and its begin.
+        for place in (start_B[row], 0):
+            offset_W = (first + place + jnp.arange(width) - part.written[row]) % capacity
+            entry_W = offset_W + (count_B[row] - 1 - offset_W) // capacity * capacity  # the newest; below 0 is none
+            token_W = order_BT[row, jnp.maximum(entry_W, 0)]
+            new = [x[:, row, token_W][:, None].swapaxes(2, 3) for x in (keys, values)]
+            mask, at = (entry_W >= 0)[:, None], (0, row, 0, place, 0)
+            held = (
+                _put(held[0], new[0], mask, at),
+                _put(held[1], new[1], mask, at),
+                _put(held[2], documents_BT[row, token_W][None], entry_W >= 0, (row, place)),
+            )
+        return held
 
-    return part._replace(
-        keys=put(part.keys, keys),
-        values=put(part.values, values),
-        documents=part.documents.at[row_B1, slot_BT].set(documents_BT, mode="drop"),
-        written=part.written + count_B,
-    )
+    dtype = part.keys.dtype
+    keys, values, *held = (moved(x.astype(dtype)) for x in (keys, values, part.keys, part.values))
+    *pairs, documents = jax.lax.fori_loop(0, len(documents_BT), put, (*held, part.documents))
+    return written._replace(keys=moved_back(pairs[0], dtype), values=moved_back(pairs[1], dtype), documents=documents)
+
+
+def _put(held: jax.Array, new: jax.Array, mask: jax.Array, at: tuple[jax.Array | int, ...]) -> jax.Array:
+    """Returns `held` with the new values at that place where the mask is true, in the memory that it has.
+
+    In row-major order, or the TPU's compiler would lay out all that is held anew, as suits the new values.
+    """
+    new = jnp.where(mask, new, jax.lax.dynamic_slice(held, at, new.shape))
+    return _row_major(jax.lax.dynamic_update_slice(_row_major(held), _row_major(new), at))
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def moved(x: jax.Array) -> jax.Array:
+    """Returns bfloat16 as integers on a CPU, where XLA would convert all that is held to float32 and back to write."""
+    if x.dtype != jnp.bfloat16 or device.platform() != "cpu":
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def moved_back(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns what `moved` made of an array of that dtype as it was."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _refuse(written_B: np.ndarray, count_B: np.ndarray, capacity: int) -> None:
