@@ -97,9 +97,14 @@ class Watch:
     A context manager; a thread of its own watches, so that it notices also where the main thread waits for devices.
     """
 
-    def __init__(self, report: pathlib.Path, log: Callable[[str], None], least: float = LEAST):
-        """Args: report: file that the stacks are appended to; log: receives a line; least: seconds without report."""
-        self._report, self._log, self._least = report, log, least
+    def __init__(self, report: pathlib.Path, log: Callable[[str], None], least: float = LEAST, shown: str = ""):
+        """Args:
+        report: file that the stacks are appended to.
+        log: receives a line.
+        least: seconds without report.
+        shown: what the line calls the file, if it is copied elsewhere; "" is its path.
+        """
+        self._report, self._log, self._least, self._shown = report, log, least, shown or str(report)
         self._seconds: deque[float] = deque(maxlen=_KEPT)
         self._turn = threading.Condition()
         self._began, self._due = 0.0, None
@@ -154,7 +159,7 @@ class Watch:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {seconds:.3g} s, usually {usual:.3g} s\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            where = f"the stacks of all threads are in {self._report}"
+            where = f"the stacks of all threads are in {self._shown}"
         except OSError as error:
             where = f"the stacks of all threads can't be written to {self._report} ({error.strerror})"
         self._log(f"hanging? the steps since the last line have taken {seconds:.3g} s, usually {usual:.3g} s: {where}")

@@ -36,7 +36,7 @@ class Termination:
         self._turn = threading.Condition()
         self._requested = threading.Event()
         self._enough: Callable[[], bool] = _always
-        self._save: Callable[[], str] = _nothing
+        self._save: Callable[[], str] = nothing
 
     def __enter__(self) -> "Termination":
         self._received, self._sent = socket.socketpair()
@@ -75,15 +75,16 @@ class Termination:
 
         Args:
           save: called in another thread, while the main thread is anywhere in the block but not inside `deferred`;
-            returns the line to print. A `UserError` of it makes the exit code 2.
+            returns the line to print. A `UserError` of it makes the exit code 2. Of blocks in each other the
+            innermost's is called.
         """
         with self.deferred():
-            self._save = save
+            outer, self._save = self._save, save
         try:
             yield
         finally:
             with self.deferred():
-                self._save = _nothing
+                self._save = outer
 
     def go_on(self, enough: Callable[[], bool], seconds: float) -> bool:
         """Has the main thread go on until `enough()`, and returns whether that came in time.
@@ -128,7 +129,8 @@ def _always() -> bool:
     return True
 
 
-def _nothing() -> str:
+def nothing() -> str:
+    """Leaves the other processes, and returns the line of a run without steps: the `save` of no rescue at all."""
     with contextlib.suppress(LostError):  # others may have something to save, and end after this one
         distributed.part(0)
     return "there was nothing to save; the same command starts again"

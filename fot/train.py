@@ -36,7 +36,7 @@ from fot.data.loader import Loader
 from fot.errors import CheckpointError, LostError, TrainingError, UserError
 from fot.metrics import MetricsWriter, NoMetrics, Progress
 from fot.profiling import HANG_FILE, Span, Trace, Watch, span
-from fot.termination import Termination
+from fot.termination import Termination, nothing
 from fot.train_step import StepMetrics, TrainState
 from fot.workdir import Workdir, opened
 
@@ -112,7 +112,18 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     sharding.check_mesh(mesh, config)
-    with opened(workdir, log) as place, checkpoint.Checkpointer(place.checkpoints, config.train) as checkpoints:
+    termination = termination or Termination()
+
+    def leave() -> str:
+        with contextlib.suppress(UserError):  # the bucket is out of reach: another run waits until this one is silent
+            place.close()
+        return nothing()
+
+    with (
+        opened(workdir, log) as place,
+        termination.rescue(leave),
+        checkpoint.Checkpointer(place.checkpoints, config.train) as checkpoints,
+    ):
         if checkpoints.latest() is not None:
             checkpoint.check_config(checkpoint.load_config(place.checkpoints), config)
         tokenizer, documents = corpus.load(config, "train")
@@ -132,7 +143,7 @@ def train(
             _reports(place, config, int(state.step), log, traced) as reports,
             Loader(documents, config, position, sharding.batch_sharding(mesh), PREFETCH) as batches,
         ):
-            return _loop(run, state, batches, checkpoints, reports, termination or Termination())
+            return _loop(run, state, batches, checkpoints, reports, termination)
 
 
 class _Reports(NamedTuple):
@@ -158,7 +169,9 @@ def _reports(
             writer, stream = NoMetrics(), stack.enter_context(open(os.devnull, "w"))
         progress = stack.enter_context(Progress(steps, step, stream))
         trace = stack.enter_context(Trace(traced, place.local))
-        watch = stack.enter_context(Watch(place.local / HANG_FILE.format(number), log))
+        hang = HANG_FILE.format(number)
+        shown = str(place.checkpoints.parent / hang)  # of a bucket, where the copy will be
+        watch = stack.enter_context(Watch(place.local / hang, log, shown=shown))
         yield _Reports(place, writer, progress, log, trace, watch)
 
 

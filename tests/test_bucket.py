@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -229,3 +230,50 @@ def test_a_lost_workdir_does_not_hide_what_ended_the_run(server):
         server.put("here", f"runs/x/{files.LOCK}", owner(machine="another", who="a node"))
         raise KeyError("mine")
     assert "in use by a node" in error.value.__notes__[0]
+
+
+# A run whose documents take long to load.
+LOADING = """
+import sys, time
+from fot import train
+from fot.config import ExperimentConfig
+from fot.termination import Termination
+
+def load(*_):
+    print("loading", flush=True)
+    time.sleep(60)
+
+train.corpus.load = load
+with Termination() as termination:
+    train.train(ExperimentConfig(), sys.argv[1], print, termination)
+"""
+
+
+def test_sigterm_before_the_first_step_leaves_the_workdir_to_others_at_once(server):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", LOADING, FOLDER], **pipes) as process:
+        assert process.stdout.readline() == "loading\n", process.communicate()
+        assert f"runs/x/{files.LOCK}" in server.names("here")
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 42 and "nothing to save" in errors, errors
+    assert f"runs/x/{files.LOCK}" not in server.names("here")
+
+
+def test_a_hang_report_is_named_where_the_workdir_is(server):
+    lines, told = [], threading.Event()
+
+    def log(line):
+        lines.append(line)
+        told.set()
+
+    with workdir.opened(FOLDER, print) as place, train._reports(place, ExperimentConfig(), 0, log, None) as reports:
+        reports.watch._least = 0.0
+        for _ in range(3):
+            reports.watch.begin()
+            reports.watch.end()
+        reports.watch.begin()
+        assert told.wait(60)
+        assert lines[0].endswith(f"the stacks of all threads are in {FOLDER}/hang.0.txt")
+        place.sync()
+        assert bucket.read(f"{FOLDER}/hang.0.txt").data
