@@ -2,8 +2,9 @@
 
 Rows lie in equal shards over the devices. Tables are static, so how many shards after its query's a context lies, its
 offset, is known when tracing. On a trip each device begins with its own shard of keys and goes from offset to offset,
-past those that no device needs; all go the same way, so each step is one `ppermute`. The next shard is on its way while
-this one is attended to. Backward is a second trip, on which gradients of keys travel with the keys and then home (Liu,
+past those that no device needs; all go the same way, so each step is one `ppermute`. Shards that see but each other's
+rows, as those of a group of packs do, are a ring of their own. The next shard is on its way while this one is attended
+to. Backward is a second trip, on which gradients of keys travel with the keys and then home (Liu,
 Zaharia and Abbeel, 2023: Ring Attention). A device holds two shards of keys at a time, however many stops there are.
 """
 
@@ -24,11 +25,13 @@ class Trip(NamedTuple):
     """Where to go.
 
     Attributes:
-      shards: of the ring, over which the rows of tables are split; 1 where they are not split.
+      shards: over which the rows of tables are split; 1 where they are not split.
+      ring: shards of a ring; so many side by side are one.
       offsets: in shards, in the order of the trip; the first is 0, the device's own.
     """
 
     shards: int
+    ring: int
     offsets: tuple[int, ...]
 
 
@@ -77,26 +80,24 @@ def route(table: Table, rows: int, exchange: str) -> Route:
     """
     shards = sharding.row_shards()
     if not (sharding.rows_of(len(table.contexts_BC)) and sharding.rows_of(rows)):
-        return Route(None, False, Trip(1, (0,)), (_filled(table),), rows)
-    offset_BC = offsets(table, rows, shards)
-    needed = sorted({0, *np.unique(offset_BC[table.contexts_BC >= 0]).tolist()})
+        return Route(None, False, Trip(1, 1, (0,)), (_filled(table),), rows)
+    shard_BC = table.contexts_BC // (rows // shards)
+    own_B1 = np.arange(len(shard_BC))[:, None] * shards // len(shard_BC)
+    seen_BC = table.contexts_BC >= 0
+    ring = next(n for n in range(1, shards + 1) if shards % n == 0 and (shard_BC // n == own_B1 // n)[seen_BC].all())
+    offset_BC = (shard_BC - own_B1) % ring
+    needed = sorted({0, *np.unique(offset_BC[seen_BC]).tolist()})
     if needed != [0] and exchange == "gather":
-        return Route(ROWS, True, Trip(shards, (0,)), (_filled(table),), rows)
-    trip, each = Trip(shards, _order(needed, shards)), rows // shards
+        return Route(ROWS, True, Trip(shards, shards, (0,)), (_filled(table),), rows)
+    trip, each = Trip(shards, ring, _order(needed, ring)), rows // shards
     return Route(ROWS, False, trip, tuple(_at(table, offset_BC == offset, each) for offset in trip.offsets), each)
 
 
-def offsets(table: Table, rows: int, shards: int) -> np.ndarray:
-    """Returns how many shards after its query's each context lies, cyclically; anything where there is none."""
-    shard_B = np.arange(len(table.contexts_BC)) * shards // len(table.contexts_BC)
-    return (table.contexts_BC // (rows // shards) - shard_B[:, None]) % shards
-
-
-def _order(needed: list[int], shards: int) -> tuple[int, ...]:
+def _order(needed: list[int], ring: int) -> tuple[int, ...]:
     """Returns the offsets in the order of a trip from 0 that goes to the nearest each time, either way."""
     order, left = [0], {*needed} - {0}
     while left:
-        order.append(min(left, key=lambda to: (min((to - order[-1]) % shards, (order[-1] - to) % shards), to)))
+        order.append(min(left, key=lambda to: (min((to - order[-1]) % ring, (order[-1] - to) % ring), to)))
         left.remove(order[-1])
     return tuple(order)
 
@@ -144,26 +145,27 @@ def go_back(trip: Trip, state: Any, held: Any, visit: Callable[[Any, Any, int], 
     travelling = None
     for stop in range(len(trip.offsets)):
         coming = _next(trip, stop, held)
-        travelling = None if stop == 0 else _move(travelling, trip.offsets[stop] - trip.offsets[stop - 1], trip.shards)
+        travelling = None if stop == 0 else _move(travelling, trip.offsets[stop] - trip.offsets[stop - 1], trip)
         state, gradients = visit(state, held, stop)
         travelling = gradients if stop == 0 else jax.tree.map(jnp.add, travelling, gradients)
         state, held, travelling = _together(trip, stop, (state, coming, travelling))
-    return state, _move(travelling, -trip.offsets[-1], trip.shards)
+    return state, _move(travelling, -trip.offsets[-1], trip)
 
 
 def _next(trip: Trip, stop: int, held: Any) -> Any:
     """Sends for what the next stop has; after the last one there is nothing to send for."""
     last = stop + 1 == len(trip.offsets)
-    return held if last else _move(held, trip.offsets[stop + 1] - trip.offsets[stop], trip.shards)
+    return held if last else _move(held, trip.offsets[stop + 1] - trip.offsets[stop], trip)
 
 
 def _together(trip: Trip, stop: int, tree: Any) -> Any:
     return tree if stop + 1 == len(trip.offsets) else jax.lax.optimization_barrier(tree)
 
 
-def _move(tree: Any, steps: int, shards: int) -> Any:
-    """Gives each device the arrays of the one so many shards on."""
-    if steps % shards == 0:
+def _move(tree: Any, steps: int, trip: Trip) -> Any:
+    """Gives each device the arrays of the one so many shards on in its ring."""
+    if steps % trip.ring == 0:
         return tree
-    pairs = [(shard, (shard - steps) % shards) for shard in range(shards)]
+    place = [divmod(shard, trip.ring) for shard in range(trip.shards)]
+    pairs = [(shard, ring * trip.ring + (at - steps) % trip.ring) for shard, (ring, at) in enumerate(place)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ROWS, pairs), tree)

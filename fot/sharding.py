@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig
@@ -46,11 +47,26 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
     """Arranges devices in the axes `AXES`; an axis of -1 takes what the others leave.
 
+    Neighbors on an axis are neighbors on the TPU's torus as far as that goes; what goes around a ring takes short ways.
+    Of several slices, one axis alone leads from slice to slice, over the data center's network: data if it can.
+
     Raises:
-      ConfigError: the sizes don't multiply to the number of devices.
+      ConfigError: the sizes don't multiply to the number of devices, or the slices don't divide data nor fsdp.
     """
+    return Mesh(arranged(config, devices), AXES)
+
+
+def arranged(config: MeshConfig, devices: list[jax.Device]) -> np.ndarray:
+    """Returns the devices as `make_mesh` arranges them, an array with an axis for each of `AXES`."""
     sizes = config_mesh.sizes(config, len(devices))
-    return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+    shape = [sizes[axis] for axis in AXES]
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) <= 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    between = config_mesh.between_slices(sizes, len(slices))
+    outer = [len(slices) if axis == between else 1 for axis in AXES]
+    inner = [size // count for size, count in zip(shape, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def check_mesh(mesh: Mesh, config: ExperimentConfig) -> None:

@@ -106,7 +106,10 @@ def check(job: Job, config: ExperimentConfig, devices: int) -> None:
         raise UserError(f"--workdir={job.workdir} must read gs://bucket/folder")
     if devices:
         try:
-            mesh.check(mesh.sizes(config.mesh, devices), config)
+            sizes = mesh.sizes(config.mesh, devices)
+            mesh.check(sizes, config)
+            if job.slices > 1:
+                mesh.between_slices(sizes, job.slices)
         except UserError as error:
             raise UserError(f"--config.mesh.*: {error}") from None
 

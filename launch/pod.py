@@ -266,11 +266,12 @@ def fits(job: Job) -> None:
     Raises:
       UserError: it doesn't fit, or can't be compiled for.
     """
-    if not job.topology or job.slices > 1:
-        raise UserError("--check compiles for one TPU slice: leave it out, or check with --slices=1")
+    if not job.topology:
+        raise UserError("--check compiles for TPUs: leave it out, or name their --topology")
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "compiled.json"
-        words = [f"--config={job.config}", *job.overrides, f"--topology={job.topology}", f"--output={output}"]
+        words = [f"--config={job.config}", *job.overrides, f"--topology={job.topology}"]
+        words += [f"--slices={job.slices}", f"--output={output}"]
         if shell.show([sys.executable, "-m", "fot.compile", *words]):
             raise UserError("--check: the step can't be compiled, see above")
         if not json.loads(output.read_text())[0]["report"]["fits"]:

@@ -34,14 +34,14 @@ def of_mesh(**axes: int) -> ExperimentConfig:
 @pytest.fixture
 def cpus_for_tpus(monkeypatch):
     """Topologies have the 8 CPU devices, and their compiler compiles."""
-    monkeypatch.setattr(generations, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(generations, "devices", lambda topology, slices=1: jax.devices())
 
 
 @pytest.fixture(scope="module")
 def fitting() -> Report:
     """A report of a step really compiled, for CPUs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generations, "devices", lambda topology: jax.devices())
+        patch.setattr(generations, "devices", lambda topology, slices=1: jax.devices())
         return report.examine(SMALL, "v4:2x2x1", 2, 0.0)
 
 
@@ -50,7 +50,7 @@ def too_large(monkeypatch, cpus_for_tpus, fitting):
     """Steps of less than 2 microbatches don't fit; gives the configs that were examined."""
     examined = []
 
-    def examine(config, topology, d, effort):
+    def examine(config, topology, d, effort, slices):
         examined.append(config)
         count = config.train.accumulation
         full = {} if count > 1 else {"fits": False, "program": None, "needed": report.exhausted(FULL), "compiler": FULL}
@@ -207,7 +207,7 @@ class TestCommand:
     def test_all_has_a_table_and_goes_on_after_a_mesh_that_does_not_divide(
         self, cpus_for_tpus, fitting, monkeypatch, capsys
     ):
-        def examine(config, topology, d, effort):
+        def examine(config, topology, d, effort, slices):
             if topology == "v3:8x8":
                 raise ConfigError("rows can't be split")
             return dataclasses.replace(fitting, topology=topology)
@@ -238,6 +238,26 @@ def test_the_tpus_compiler_compiles_a_step():
     assert done.fits and done.devices == 4
     assert done.program.estimate.cycles > 0 and done.program.estimate.unknown_loops == 0
     assert {"fsdp", "tensor"} <= {axis for each in done.program.collectives for axis in each.axes.split(" × ")}
+
+
+@libtpu
+def test_what_is_sent_between_slices_is_told_and_kept_out_of_the_bound():
+    def examined(groups: int) -> report.Report:
+        config = of_mesh(data=2, fsdp=2, tensor=2)
+        config = dataclasses.replace(config, crossbatch=CrossbatchConfig(d=(2,), groups=groups))
+        return report.examine(config, "v4:2x2x1", 2, -1.0, slices=2)
+
+    def outside(done: report.Report, kind: str) -> list[report.Moved]:
+        return [each for each in done.program.collectives if (each.axes, each.kind) == (report.OUTSIDE, kind)]
+
+    done = examined(groups=1)
+    assert (done.slices, done.devices) == (2, 8) and "2 × v4:2x2x1: 8 devices" in table.full(done)
+    inside = sum(each.bytes for each in done.program.collectives if each.axes != report.OUTSIDE)
+    assert done.program.bound.interconnect == inside / GENERATIONS["v4"].interconnect > 0
+    params = jax.tree.leaves(jax.eval_shape(lambda: train_step.init_state(SMALL)).params)
+    (gradients,) = outside(done, "all-reduce")
+    assert gradients.bytes >= sum(4 * x.size for x in params) / 4  # float32, of which a device has a fourth
+    assert outside(done, "ppermute") and not outside(examined(groups=2), "ppermute")
 
 
 @libtpu

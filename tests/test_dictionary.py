@@ -219,7 +219,7 @@ def test_each_host_reads_its_own_packs_alike(monkeypatch):
 
     def read(mine, position, steps):
         monkeypatch.setattr(loader, "host_rows", lambda config, sharding: mine)
-        monkeypatch.setattr(loader, "global_batch", lambda batch, sharding: batch)
+        monkeypatch.setattr(loader, "global_batch", lambda batch, sharding, rows: batch)
         with loader.Loader(documents, config, position, sharding, 2) as batches:
             return [next(batches) for _ in range(steps)]
 

@@ -256,15 +256,14 @@ def test_check_compiles_for_the_topology(monkeypatch, fits, code):
         output = next(word for word in argv if word.startswith("--output=")).partition("=")[2]
         pathlib.Path(output).write_text(json.dumps([{"report": {"fits": fits}}]))
         assert argv[1:5] == ["-m", "fot.compile", "--config=configs/longllama_3b.py", "--config.mesh.data=2"]
-        assert "--topology=v4:2x2x4" in argv
+        assert {"--topology=v4:2x2x4", "--slices=2"} <= {*argv}
         return code
 
     monkeypatch.setattr(shell, "show", compile)
-    one = job(slices=1)
     if fits and not code:
-        pod.fits(one)
+        pod.fits(job())
     else:
         with pytest.raises(UserError, match="can't be compiled" if code else "does not fit v4:2x2x4, see above"):
-            pod.fits(one)
-    with pytest.raises(UserError, match="--check compiles for one TPU slice"):
-        pod.fits(job(slices=2))
+            pod.fits(job())
+    with pytest.raises(UserError, match="--check compiles for TPUs"):
+        pod.fits(job(topology=""))

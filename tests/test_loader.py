@@ -75,7 +75,7 @@ def test_one_process_holds_all_rows(sharding):
 def test_host_without_whole_packs_keeps_its_own_rows(documents, sharding, monkeypatch):
     mine = [3, 4, 6]
     monkeypatch.setattr(loader, "host_rows", lambda config, sharding: mine)
-    monkeypatch.setattr(loader, "global_batch", lambda batch, sharding: batch)
+    monkeypatch.setattr(loader, "global_batch", lambda batch, sharding, rows: batch)
     with open_loader(documents, sharding=sharding) as batches:
         for loaded, (batch, _) in zip(batches, expected(documents, 5), strict=False):
             assert_same(loaded.batch, [field[mine] for field in batch])

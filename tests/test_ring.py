@@ -25,6 +25,7 @@ B, T, N, G, H = 16, 6, 4, 2, 4
 SEGMENTS = ((0, 0), (1, 2), (2, 5), (3, 4))
 CASES = {
     "own": CrossbatchConfig(groups=8),
+    "half": CrossbatchConfig(d=(4,), groups=2),
     "next": CrossbatchConfig(d=(2,)),
     "some": CrossbatchConfig(d=(4,)),
     "all shards": CrossbatchConfig(d=(8,)),
@@ -73,7 +74,8 @@ def test_each_context_is_met_once_where_it_lies(case, shards):
         assert stop.contexts_BC.shape[1] == (stop.contexts_BC >= 0).sum(1).max(initial=0)
         assert (stop.contexts_BC < route.rows).all() and not stop.negative_BC[stop.contexts_BC < 0].any()
         for row, column in np.argwhere(stop.contexts_BC >= 0):
-            first = (row // route.rows + offset) % shards * route.rows
+            here, size = row // route.rows, route.trip.ring
+            first = (here // size * size + (here + offset) % size) * route.rows
             found.append((row, first + stop.contexts_BC[row, column], stop.negative_BC[row, column]))
     wanted = [(r, table.contexts_BC[r, c], table.negative_BC[r, c]) for r, c in np.argwhere(table.contexts_BC >= 0)]
     assert sorted(found) == sorted(wanted)
@@ -84,6 +86,7 @@ def test_each_context_is_met_once_where_it_lies(case, shards):
     ("case", "offsets"),
     [
         ("own", (0,)),
+        ("half", (0, 1, 2, 3)),
         ("next", (0, 1)),
         ("some", (0, 1, 2, 3)),
         ("w = 3", (0, 1, 2, 7)),
@@ -96,15 +99,20 @@ def test_shards_that_nobody_sees_are_passed_and_the_nearest_is_next(case, offset
     assert route.trip.offsets == offsets
 
 
+def test_groups_of_several_shards_are_rings_of_their_own():
+    with set_mesh(MeshConfig(fsdp=8)):
+        assert [ring.route(table_of(case), B, "ring").trip.ring for case in ("own", "half", "next")] == [1, 4, 8]
+
+
 def test_what_is_of_the_device_never_travels_and_rows_that_do_not_divide_are_the_compilers():
     with set_mesh(MeshConfig(fsdp=8)):
         for exchange in ("ring", "gather"):
             own = ring.route(table_of("own"), B, exchange)
-            assert not own.gathers and own.trip == ring.Trip(8, (0,)) and own.rows == 2
+            assert not own.gathers and own.trip == ring.Trip(8, 1, (0,)) and own.rows == 2
             few = ring.route(Table(*(x[:4] for x in table_of("all shards"))), B, exchange)
-            assert few.axis is None and few.trip == ring.Trip(1, (0,))
+            assert few.axis is None and few.trip == ring.Trip(1, 1, (0,))
         gather = ring.route(table_of("next"), B, "gather")
-        assert gather.gathers and gather.trip == ring.Trip(8, (0,)) and gather.rows == B
+        assert gather.gathers and gather.trip == ring.Trip(8, 8, (0,)) and gather.rows == B
 
 
 def test_rows_with_a_loss_lie_where_their_packs_do():
@@ -152,6 +160,7 @@ def close(left, right):
 
 USUAL = (
     ("next", "fsdp"),
+    ("half", "data, fsdp"),
     ("all shards", "data, fsdp"),
     ("segments", "data, fsdp, tensor"),
     ("released", "fsdp, sequence"),

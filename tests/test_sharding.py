@@ -1,6 +1,7 @@
 """Properties of the mesh, and of the one table that places parameters and moments on it."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from fot import model, optimizer, sharding
 from fot.config import ExperimentConfig, MeshConfig, ModelConfig, OptimizerConfig
+from fot.config.mesh import AXES
 from fot.errors import ConfigError
 
 MODEL = ModelConfig(
@@ -40,6 +42,62 @@ def test_mesh_has_every_device_once(sizes, expected):
     mesh = mesh_of(**sizes)
     assert mesh.axis_names == ("data", "fsdp", "tensor", "sequence") and mesh.devices.shape == expected
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+
+
+class Chip(NamedTuple):
+    """A device of a v4 slice, as far as a mesh asks."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+def chips(slices: int, *shape: int) -> list[Chip]:
+    places = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])]
+    every = [(piece, place) for piece in range(slices) for place in places]
+    return [Chip(number, piece, place) for number, (piece, place) in enumerate(every)]
+
+
+def test_neighbors_on_an_axis_are_near_each_other_on_the_torus():
+    def hops(axis: str) -> float:
+        line = np.moveaxis(mesh, AXES.index(axis), 0)
+        pairs = zip(line.reshape(len(line), -1).flat, np.roll(line, 1, 0).flat, strict=True)
+        steps = [[abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)] for one, other in pairs]
+        return float(np.minimum(steps, 4 - np.array(steps)).sum(1).mean())
+
+    devices = chips(1, 4, 4, 4)
+    mesh = sharding.arranged(MeshConfig(tensor=4), devices)
+    assert mesh.shape == (1, 16, 4, 1)
+    assert hops("tensor") == 1 and hops("fsdp") <= 1.5  # 3.25 in the order of their numbers
+    assert sorted(device.id for device in mesh.flat) == list(range(64))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "between"),
+    [
+        (dict(data=2, tensor=4), "data"),
+        (dict(data=4), "data"),
+        (dict(tensor=2), "fsdp"),
+        (dict(data=-1, fsdp=1), "data"),
+    ],
+)
+def test_one_axis_leads_from_slice_to_slice(sizes, between):
+    mesh = sharding.arranged(MeshConfig(**sizes), chips(2, 2, 2, 4))
+    assert sorted(device.id for device in mesh.flat) == list(range(32))
+    for axis, name in enumerate(AXES):
+        lines = np.moveaxis(mesh, axis, -1)
+        for line in lines.reshape(-1, lines.shape[-1]):
+            slices = [device.slice_index for device in line]
+            assert slices == sorted(slices) and len({*slices}) == (2 if name == between else 1)
+
+
+def test_slices_that_divide_neither_axis_of_rows_are_one_line():
+    with pytest.raises(ConfigError, match="mesh.data=1, mesh.fsdp=1: .* multiple of the 2 slices, such as mesh.data=2"):
+        sharding.make_mesh(MeshConfig(fsdp=1, tensor=-1), chips(2, 2, 2, 1))
 
 
 @pytest.mark.parametrize("sizes", [dict(data=3), dict(data=2, fsdp=2), dict(data=16, fsdp=1), dict(tensor=5)])

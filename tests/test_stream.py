@@ -34,7 +34,7 @@ def read(documents, config, position, hosts, steps):
     parts = []
     for number in range(hosts):
         with (
-            mock.patch.object(loader, "global_batch", lambda batch, sharding: batch),
+            mock.patch.object(loader, "global_batch", lambda batch, sharding, rows: batch),
             loader.Loader(documents, config, position, Host(number, hosts, count), 1) as batches,
         ):
             parts.append(list(itertools.islice(batches, steps)))

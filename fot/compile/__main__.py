@@ -33,6 +33,7 @@ class Flags:
 
     Attributes:
       topology: generation:AxB or generation:AxBxC, such as v4:4x4x4; or all.
+      slices: of that topology, joined by the data center's network; the mesh is laid over all.
       d: crossbatch dimension of the step, one of `crossbatch.d`; 0 is the largest.
       effort: of the compiler: 0 as in training; -1 compiles several times faster to about the same memory, but to a
         slower program, so compare estimates of the same effort only.
@@ -42,6 +43,7 @@ class Flags:
     """
 
     topology: str
+    slices: int = 1
     d: int = 0
     effort: float = 0.0
     search: bool = False
@@ -75,6 +77,8 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
         raise UserError(f"--d={d} is not among crossbatch.d={config.crossbatch.d}: --config.crossbatch.d={d} adds it")
     if not -1 <= flags.effort <= 1:
         raise UserError(f"--effort={flags.effort} must be from -1 to 1")
+    if flags.slices < 1:
+        raise UserError(f"--slices={flags.slices} must be 1 or more")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     names = accelerators.TOPOLOGIES if flags.topology == "all" else (flags.topology,)
     for name in names:
@@ -88,8 +92,8 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
 
 def _row(config: ExperimentConfig, topology: str, d: int, flags: Flags) -> Row:
     """Compiles for one topology, prints what it tells, and searches if need be."""
-    examine = functools.partial(report.examine, topology=topology, d=d, effort=flags.effort)
-    first, reason, devices = None, "", generations.devices(topology)
+    examine = functools.partial(report.examine, topology=topology, slices=flags.slices, d=d, effort=flags.effort)
+    first, reason, devices = None, "", generations.devices(topology, flags.slices)
     try:
         first = examine(config)
         print(table.full(first), flush=True)

@@ -21,6 +21,7 @@ SENT = {
     "collective-permute": lambda n: 1,
     "collective-broadcast": lambda n: 1,
 }
+_OUTSIDE = re.compile(r'="xla_megascale_runtime",_xla_host_transfer_rendezvous="([a-z-]+)')
 _MAKES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call")
 
 
@@ -179,6 +180,30 @@ def collectives(program: Program) -> list[Collective]:
         for run, times, _ in hlo.runs(program)
         for computation, instruction, kind in _operations(program, run)
         if kind in SENT
+    ]
+
+
+class Outside(NamedTuple):
+    """A device's part of a collective between slices, which the compiler makes a transfer through the host.
+
+    Attributes:
+      kind: of the collective, as the compiler names it.
+      sent_bytes: that one device hands over in all runs.
+      runs: how often it runs, loops counted.
+    """
+
+    kind: str
+    sent_bytes: int
+    runs: int
+
+
+def outside(program: Program) -> list[Outside]:
+    """Returns what leaves the slice."""
+    return [
+        Outside(found[1], times * _operand_bytes(computation, instruction), times)
+        for computation, times, _ in hlo.runs(program)
+        for instruction in computation.values()
+        if instruction.opcode == "send" and (found := _OUTSIDE.search(instruction.attributes))
     ]
 
 

@@ -20,8 +20,8 @@ _ENVIRONMENT = {
 }
 
 
-def devices(topology: str) -> list[jax.Device]:
-    """Returns the devices of a topology: to compile for, not to run on.
+def devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """Returns the devices of so many slices of a topology: to compile for, not to run on.
 
     Raises:
       UserError: libtpu is not installed, or it doesn't know the topology.
@@ -33,7 +33,10 @@ def devices(topology: str) -> list[jax.Device]:
         os.environ.setdefault(name, value)
     chip = _CHIP.get(topology.partition(":")[0], {})
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **chip, **({"num_slices": slices} if slices > 1 else {})
+        )
     except jax.errors.JaxRuntimeError as error:
         message = str(error).partition(": ")[2] or str(error)
         raise UserError(f"topology {topology!r}: {message}; try {alike(topology)!r}") from None
+    return list(described.devices)

@@ -14,6 +14,7 @@ from fot.compile.groups import mesh_axes
 from fot.config import ExperimentConfig, accelerators
 from fot.config.accelerators import GIB, Generation
 
+OUTSIDE = "between slices"  # over the data center's network
 _SHOWN = 5  # arrays and operations in a report
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
@@ -45,8 +46,8 @@ class Moved:
 
     Attributes:
       kind: such as "all-gather".
-      axes: mesh axes along which the devices of a group differ, joined by ×; "none" for groups of one.
-      devices: in a group.
+      axes: mesh axes along which the devices of a group differ, joined by ×; "none" for groups of one; `OUTSIDE`.
+      devices: in a group; slices if `OUTSIDE`.
       runs: in a step, loops counted.
       bytes: that one device sends in a step, if each group is a ring.
     """
@@ -65,7 +66,7 @@ class Bound:
     Attributes:
       compute: model FLOPs at the peak of bfloat16; what remat computes again isn't among them.
       hbm: arguments read, outputs written, temporaries written and read, once each.
-      interconnect: bytes of the collectives over all links.
+      interconnect: bytes of the collectives over all links; those `OUTSIDE` aren't among them.
     """
 
     compute: float
@@ -123,7 +124,8 @@ class Report:
 
     Attributes:
       topology: such as "v4:4x4x4".
-      devices: of the topology.
+      slices: of that topology.
+      devices: of all slices.
       mesh: size of each axis.
       d: crossbatch dimension.
       remat: `model.remat`.
@@ -138,6 +140,7 @@ class Report:
     """
 
     topology: str
+    slices: int
     devices: int
     mesh: dict[str, int]
     d: int
@@ -152,20 +155,21 @@ class Report:
     compiler: str
 
 
-def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> Report:
-    """Compiles the train step of one d for a topology.
+def examine(config: ExperimentConfig, topology: str, d: int, effort: float, slices: int = 1) -> Report:
+    """Compiles the train step of one d for slices of a topology.
 
     Args:
-      config: the run; its mesh is laid over the devices of the topology.
+      config: the run; its mesh is laid over the devices of all slices.
       topology: such as "v4:4x4x4".
       d: crossbatch dimension.
       effort: of the compiler's search for a fast program: 0 is that of training, -1 the least.
+      slices: of that topology.
 
     Raises:
       UserError: an unknown topology, libtpu isn't installed, or the mesh doesn't fit devices or model.
     """
     generation = accelerators.check(topology)
-    mesh = sharding.make_mesh(config.mesh, generations.devices(topology))
+    mesh = sharding.make_mesh(config.mesh, generations.devices(topology, slices))
     sharding.check_mesh(mesh, config)
     lowered, began = train_step.lower_step(config, mesh, d), time.perf_counter()
     try:
@@ -176,10 +180,11 @@ def examine(config: ExperimentConfig, topology: str, d: int, effort: float) -> R
         compiled, message = None, " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED: ").split())
     seconds = time.perf_counter() - began
     model_flops = train_step.step_flops(config, d)
-    program = None if compiled is None else read(compiled, mesh, generation, model_flops)
+    program = None if compiled is None else read(compiled, mesh, slices, generation, model_flops)
     needed = exhausted(message) if program is None else program.memory.live + program.memory.code
     return Report(
         topology=topology,
+        slices=slices,
         devices=mesh.size,
         mesh=dict(mesh.shape),
         d=d,
@@ -202,8 +207,8 @@ def exhausted(message: str) -> int:
     return int(float(size[1]) * _UNITS[size[2]]) if size else 0
 
 
-def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, model_flops: int) -> Program:
-    """Returns what a compiled step tells; `model_flops` are those of all devices."""
+def read(compiled: jax.stages.Compiled, mesh: Mesh, slices: int, generation: Generation, model_flops: int) -> Program:
+    """Returns what a step tells that was compiled for a mesh of so many slices; `model_flops` of all devices."""
     sizes = compiled.memory_analysis()
     memory = Memory(
         arguments=sizes.argument_size_in_bytes,
@@ -217,11 +222,11 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, mode
         code=sizes.generated_code_size_in_bytes,
     )
     program = hlo.parse(compiled.as_text())
-    moved, cycles = collectives(program, dict(mesh.shape)), costs.cycles(program)
+    moved, cycles = collectives(program, dict(mesh.shape), slices), costs.cycles(program)
     bound = Bound(
         compute=model_flops / mesh.size / generation.peak,
         hbm=(memory.arguments + memory.outputs + 2 * memory.temporaries) / generation.bandwidth,
-        interconnect=sum(each.bytes for each in moved) / generation.interconnect,
+        interconnect=sum(each.bytes for each in moved if each.axes != OUTSIDE) / generation.interconnect,
     )
     kernels = generation.cycles(*costs.kernels(program))
     total = cycles.total + kernels
@@ -229,11 +234,14 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, generation: Generation, mode
     return Program(memory, moved, bound, estimate, costs.largest(program, _SHOWN), costs.costliest(program, _SHOWN))
 
 
-def collectives(program: hlo.Program, mesh: dict[str, int]) -> tuple[Moved, ...]:
+def collectives(program: hlo.Program, mesh: dict[str, int], slices: int) -> tuple[Moved, ...]:
     """Returns the collectives of a program, those alike added up, most bytes first."""
     runs, sent = collections.Counter(), collections.Counter()
     for each in costs.collectives(program):
         axes = " × ".join(mesh_axes(each.groups, mesh)) or "none"
         runs[each.kind, axes, each.size] += each.runs
         sent[each.kind, axes, each.size] += each.sent_bytes
+    for each in costs.outside(program):
+        runs[each.kind, OUTSIDE, slices] += each.runs
+        sent[each.kind, OUTSIDE, slices] += each.sent_bytes
     return tuple(Moved(*key, runs[key], count) for key, count in sent.most_common())

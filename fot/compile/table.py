@@ -19,7 +19,7 @@ def full(report: Report) -> str:
     """Returns all of a report, some lines."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "of one device"
     lines = [
-        f"{report.topology}: {report.devices} devices, mesh {mesh}, d = {report.d}, remat={report.remat}, "
+        f"{_slices(report)}: {report.devices} devices, mesh {mesh}, d = {report.d}, remat={report.remat}, "
         f"accumulation={report.accumulation}; compiled in {report.compile_seconds:.0f} s",
         f"  {verdict(report)}",
     ]
@@ -81,6 +81,10 @@ def summary(rows: Sequence[tuple[str, Report | str]]) -> str:
     notes = [f"{topology}: {reason}" for topology, reason in rows if isinstance(reason, str)]
     explained = "estimate: a compile-time estimate, not a measurement, without collectives"
     return "\n".join([*aligned(lines, left=len(header)), explained, *notes])
+
+
+def _slices(report: Report) -> str:
+    return report.topology if report.slices == 1 else f"{report.slices} × {report.topology}"
 
 
 def _gib(size: int) -> str:

@@ -34,6 +34,19 @@ def sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in given.items()}
 
 
+def between_slices(sizes: Mapping[str, int], slices: int) -> str:
+    """Returns the axis that leads from TPU slice to TPU slice: data if they divide it, so that parameters stay within.
+
+    Raises:
+      ConfigError: they divide neither data nor fsdp.
+    """
+    for axis in ROWS:
+        if sizes[axis] % slices == 0:
+            return axis
+    named = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in ROWS)
+    raise ConfigError(f"{named}: one of them must be a multiple of the {slices} slices, such as mesh.data={slices}")
+
+
 def check(shape: Mapping[str, int], config: ExperimentConfig) -> None:
     """Raises ConfigError naming the field if an axis of these sizes does not divide what it splits."""
     model, rows = config.model, config.data.batch_size // config.train.accumulation

@@ -38,9 +38,10 @@ def host_rows(config: ExperimentConfig, sharding: jax.sharding.Sharding) -> list
     return sorted({row for index in indices for row in range(shape[0])[index[0]]})
 
 
-def global_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+def global_batch(batch: Batch, sharding: jax.sharding.Sharding, rows: int) -> Batch:
     """Returns the rows of this host [rows of `host_rows`, T] as global arrays [R, T]; with one process, all rows."""
-    return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
+    make = jax.make_array_from_process_local_data
+    return Batch(*(make(sharding, field, (rows, *field.shape[1:])) for field in batch))
 
 
 def batches(
@@ -56,7 +57,7 @@ def batches(
     while True:
         batch, position = rows.next_batch(stream, position, config, packs)
         batch = Batch(*(field[kept] for field in batch))
-        yield (batch if sharding is None else global_batch(batch, sharding)), position
+        yield (batch if sharding is None else global_batch(batch, sharding, config.data.batch_size)), position
 
 
 @final

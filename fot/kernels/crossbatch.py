@@ -68,7 +68,7 @@ def attend(
     q_ATNH: jax.Array, near: Keys, far: Keys, queries: Tokens, tokens: Tokens, plan: Plan, block: int, interpret
 ) -> Joint:
     """`attend_around` of one device, which has all rows; `plan` is of all contexts."""
-    return attend_around(q_ATNH, near, far, queries, tokens, (plan,), ring.Trip(1, (0,)), block, interpret)
+    return attend_around(q_ATNH, near, far, queries, tokens, (plan,), ring.Trip(1, 1, (0,)), block, interpret)
 
 
 def attend_around(
