@@ -202,10 +202,16 @@ def _word(word: str, argv: Sequence[str]) -> int:
         shell.need(("gcloud",), REMEDIES)
     backend, job, place = stored(flags.workdir)
     shell.need(backend.TOOLS, REMEDIES)
-    if word == "stop":
-        record.stop(flags.workdir)  # before it ends, so that its sweep doesn't take it for lost
-    act = getattr(backend, word)
-    return act(job, place, flags.follow) if word == "logs" else act(job, place)
+    if word == "logs":
+        return backend.logs(job, place, flags.follow)
+    if word != "stop":
+        return getattr(backend, word)(job, place)
+    record.stop(flags.workdir)  # before it ends, so that its sweep doesn't take it for lost
+    try:
+        return backend.stop(job, place)
+    except UserError:
+        record.stop(flags.workdir, stopped=False)
+        raise
 
 
 def _backend(name: str) -> ModuleType:

@@ -106,9 +106,9 @@ def end(workdir: str, code: int) -> None:
     _add(workdir, ended=code)
 
 
-def stop(workdir: str) -> None:
-    """Writes that the newest launch is stopped on purpose; raises UserError as `save` does."""
-    _add(workdir, stopped=True)
+def stop(workdir: str, stopped: bool = True) -> None:
+    """Writes that the newest launch is stopped on purpose, or is not; raises UserError as `save` does."""
+    _add(workdir, stopped=stopped)
 
 
 def stopped(workdir: str) -> bool:

@@ -13,7 +13,7 @@ from fot.errors import UserError
 from launch import gke, pod, record, shell, slurm
 from launch import job as jobs
 from launch.job import RETRY
-from tests.launching import FakeCloud, git, job, on_path, program, repository
+from tests.launching import CLUSTER, FakeCloud, git, job, on_path, program, repository
 
 ROOT = pathlib.Path(__file__).parent.parent
 TPU = ["--backend=tpu_vm", "--config=configs/code_tiny.py", "--zone=us-central2-b", "--workdir=gs://bucket/runs/tiny"]
@@ -241,6 +241,23 @@ def test_launches_of_other_versions_are_told(tmp_path, capsys):
         path.write_text(text)
         assert run("status", f"--workdir={tmp_path}") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_job_counts_as_stopped_if_it_could_be(tmp_path, monkeypatch, capsys, fails):
+    def stop(job, place):
+        assert record.stopped(str(tmp_path))
+        if fails:
+            raise UserError("Kueue has no workload")
+        return 0
+
+    monkeypatch.setattr(gke, "stop", stop)
+    monkeypatch.setattr(shell, "need", lambda *_: None)
+    values = {"backend": "gke", "job": dataclasses.asdict(job()), "place": dataclasses.asdict(CLUSTER)}
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "job.json").write_text(json.dumps(values))
+    assert run("stop", f"--workdir={tmp_path}") == (2 if fails else 0)
+    assert record.stopped(str(tmp_path)) is not fails
 
 
 def test_parameters_split_between_slices_are_noted():
