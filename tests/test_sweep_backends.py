@@ -25,6 +25,7 @@ JOBS = {
     "gke": ["--backend=gke", "--poll=0.1", "--image=image", *CLOUD, "--parallel=2"],
     "tpu_vm": ["--backend=tpu_vm", "--poll=0.1", "--zone=a", "--setup=:", *CLOUD],  # the fake has one request at a time
 }
+SLOW = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("gke", "tpu_vm")]
 
 
 class Cluster:
@@ -138,7 +139,7 @@ def test_a_job_that_is_stopped_while_its_sweep_is_killed_is_not_started_again(cl
     assert cluster.sent == 1 and cluster.left == []
 
 
-@pytest.mark.parametrize("backend", ["slurm", pytest.param("gke", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["slurm", *SLOW])
 def test_pruning_ends_the_job_of_a_poor_trial(cluster, tmp_path, backend):
     """Metrics in a bucket are read every 10 seconds, so its trials take 20."""
     run, count = tmp_path / "run", 10 if backend == "slurm" else 60
@@ -160,11 +161,11 @@ def kept(run: pathlib.Path) -> str:
     return sweep._kept(run)["study"]
 
 
-@pytest.mark.parametrize("backend", ["slurm", pytest.param("gke", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["slurm", *SLOW])
 def test_an_interrupt_leaves_no_job_and_the_same_command_goes_on(cluster, tmp_path, backend):
     run = tmp_path / "run"
     given = words(tmp_path, sweep_file(tmp_path, GRID), *JOBS[backend])
-    number = 2
+    number = 1 if backend == "tpu_vm" else 2
     with started(given, 0.4) as process:
         begun(cluster, run, backend, process, number)
         process.send_signal(signal.SIGINT)
@@ -179,7 +180,7 @@ def test_an_interrupt_leaves_no_job_and_the_same_command_goes_on(cluster, tmp_pa
     assert "3 trials: 3 complete, 0 pruned, 0 failed" in shown and cluster.left == []
 
 
-@pytest.mark.parametrize("backend", ["slurm", pytest.param("gke", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["slurm", *SLOW])
 def test_a_job_that_fails_is_one_failed_trial_and_is_sent_once(cluster, tmp_path, backend):
     space = "Grid({'optimizer.learning_rate': (1e-1, 1e-2)})"
     given = words(tmp_path, sweep_file(tmp_path, space), *JOBS[backend])
