@@ -139,20 +139,21 @@ def test_a_memory_is_written_in_the_layout_in_which_it_is_read_and_given_up_for_
 
 
 @pytest.mark.parametrize(
-    ("topology", "length", "head_dim"),
+    ("topology", "rows", "length", "head_dim"),
     [
-        ("v4:2x2x1", 2048, 100),
-        ("v4:2x2x1", 640, 64),
-        ("v5e:2x2", 1024, 128),
-        ("v5p:2x2x1", 2048, 64),
-        ("v6e:2x2", 2048, 128),
+        ("v4:2x2x1", B, 2048, 100),
+        ("v4:2x2x1", 2, 2048, 100),  # one a device
+        ("v4:2x2x1", B, 640, 64),
+        ("v5e:2x2", B, 1024, 128),
+        ("v5p:2x2x1", B, 2048, 64),
+        ("v6e:2x2", B, 2048, 128),
     ],
 )
-def test_splash_attention_of_plain_layers_compiles_and_its_work_is_counted(topology, length, head_dim):
+def test_splash_attention_of_plain_layers_compiles_and_its_work_is_counted(topology, rows, length, head_dim):
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), generations.devices(topology)[:4])
     spread = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
-    q, kv = (jax.ShapeDtypeStruct((B, length, n, head_dim), jnp.bfloat16, sharding=spread) for n in (4, 2))
-    tokens = jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    q, kv = (jax.ShapeDtypeStruct((rows, length, n, head_dim), jnp.bfloat16, sharding=spread) for n in (4, 2))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
 
     def loss(q, k, v, documents, positions):
         return local.attend(q, k, v, Tokens(documents, positions), ModelConfig()).astype(jnp.float32).sum()
@@ -161,10 +162,13 @@ def test_splash_attention_of_plain_layers_compiles_and_its_work_is_counted(topol
         text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, tokens, tokens).compile().as_text()
     assert splash_kernels(text) == ["dkv", "dq", "fwd"]
     padded = math.prod(blocks_of(length, local.BLOCK))
-    work, pairs = costs.kernels(hlo.parse(text)), B // 2 * 2 * padded**2 // 2  # rows over two devices, heads over two
+    work, pairs = (
+        costs.kernels(hlo.parse(text)),
+        rows // 2 * 2 * padded**2 // 2,
+    )  # rows over two devices, heads over two
     assert work.flops == (2 + 3 + 4) * 2 * pairs * head_dim
     # Queries, keys and values of each kernel at least.
-    assert work.bytes > 3 * 2 * (B // 2) * (2 + 1 + 1) * length * head_dim
+    assert work.bytes > 3 * 2 * (rows // 2) * (2 + 1 + 1) * length * head_dim
 
 
 def splash_kernels(text: str) -> list[str]:

@@ -127,11 +127,16 @@ def _splash(computation: Computation, instruction: Instruction) -> Kernels:
     if instruction.opcode != "custom-call" or not found:
         return Kernels(0, 0)
     operands = [computation[name].shape for name in instruction.operands if name in computation]
-    # The queries are the first of the operands that have rows, heads, tokens and numbers of a head.
-    *many, tokens, head_dim = next(shape for each in operands if len(shape := _dims(each)) == 4)
+    # The queries come first of the floats: heads, of all rows if there are several, tokens and numbers of a head.
+    *many, tokens, head_dim = next(_dims(each) for each in operands if _floats(each))
     pairs = math.prod(many) * tokens**2 // 2
     moved = sum(map(hlo.shape_bytes, (*operands, instruction.shape)))
     return Kernels(2 * _SPLASH_PRODUCTS[found[0]] * pairs * head_dim, moved)
+
+
+def _floats(shape: str) -> bool:
+    [(kind, _)] = hlo.arrays(shape)
+    return kind in ("bf16", "f32")
 
 
 def _dims(shape: str) -> tuple[int, ...]:
