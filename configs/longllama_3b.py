@@ -14,6 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.head_dim = 100
     config.model.mlp_dim = 8640
     config.crossbatch.segments = ((0, 0), (1, 1), (2, 1), (3, 0))
-    config.mesh.tensor = 8
+    config.mesh.data, config.mesh.fsdp = -1, 16
     config.train.steps = 38_147  # 10B tokens; 19_074 for the 5B of v1.1
     return config

@@ -14,6 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.head_dim = 128
     config.model.mlp_dim = 11008
     config.crossbatch.segments = ((0, 0), (1, 2), (2, 5), (3, 4))
-    config.mesh.tensor = 8
+    config.mesh.data, config.mesh.fsdp = -1, 16
     config.train.steps = 11_444  # 3B tokens
     return config

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.crossbatch.segments = ((0, 0), (1, 2), (2, 5), (3, 4))
     config.data.context = 4096
     config.data.batch_size = 64
-    config.mesh.tensor = 8
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 16, 2
     config.train.steps = 133_515  # 35B tokens
     config.evaluate.memory = (0, 4096, 12288, 28672, 65536)
     return config
