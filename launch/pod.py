@@ -260,10 +260,14 @@ def stored(workdir: str) -> tuple[ModuleType, Job, Any]:
 
 def notes(job: Job, config: ExperimentConfig) -> list[str]:
     """Returns what is allowed but seldom meant."""
-    if job.slices > 1 and config.mesh.data % job.slices and config.mesh.data != -1:
-        advice = f"--config.mesh.data={job.slices} keeps parameters within a slice"
-        return [f"mesh.data={config.mesh.data} of {job.slices} slices: parameters are split between slices; {advice}"]
-    return []
+    found, slices, groups = [], job.slices, config.crossbatch.groups
+    if slices > 1 and config.mesh.data % slices and config.mesh.data != -1:
+        advice = f"--config.mesh.data={slices} keeps parameters within a slice"
+        found.append(f"mesh.data={config.mesh.data} of {slices} slices: parameters are split between slices; {advice}")
+    if slices > 1 and groups % slices and config.crossbatch.variant != "none":
+        advice = f"--config.crossbatch.groups={slices} keeps contexts within a slice"
+        found.append(f"crossbatch.groups={groups} of {slices} slices: contexts come from other slices; {advice}")
+    return found
 
 
 def fits(job: Job) -> None:

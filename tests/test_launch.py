@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fot.config import ExperimentConfig, MeshConfig, accelerators
+from fot.config import CrossbatchConfig, ExperimentConfig, MeshConfig, accelerators
 from fot.errors import UserError
 from launch import gke, pod, record, shell, slurm
 from launch import job as jobs
@@ -260,11 +260,13 @@ def test_a_job_counts_as_stopped_if_it_could_be(tmp_path, monkeypatch, capsys, f
     assert record.stopped(str(tmp_path)) is not fails
 
 
-def test_parameters_split_between_slices_are_noted():
-    assert pod.notes(job(slices=2), ExperimentConfig())[0].endswith(
-        "--config.mesh.data=2 keeps parameters within a slice"
-    )
-    assert pod.notes(job(slices=2), ExperimentConfig(mesh=MeshConfig(data=2))) == []
+def test_what_goes_between_slices_is_noted():
+    split, far = pod.notes(job(slices=2), ExperimentConfig())
+    assert split.endswith("--config.mesh.data=2 keeps parameters within a slice")
+    assert far.endswith("--config.crossbatch.groups=2 keeps contexts within a slice")
+    assert pod.notes(job(slices=1), ExperimentConfig()) == []
+    near = ExperimentConfig(mesh=MeshConfig(data=2), crossbatch=CrossbatchConfig(groups=2))
+    assert pod.notes(job(slices=2), near) == []
 
 
 @pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 0), (True, 2)])
