@@ -122,7 +122,7 @@ def ran(
     """
     address = f"127.0.0.1:{free_port()}"
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
-    shared |= {"FOT_JOIN_SECONDS": str(join), "JAX_NUM_PROCESSES": str(count)}
+    shared |= {"FOT_JOIN_SECONDS": str(join), "JAX_NUM_PROCESSES": str(count), "JAX_NUM_CPU_DEVICES": "3"}
     program = PROGRAM.format(body=body.replace("\n", "\n        "))
     command = [sys.executable, "-c", program, str(late), str(who)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -237,3 +237,31 @@ def test_seconds_to_join_that_make_no_sense(text):
     assert distributed.join_seconds({}) == distributed.JOIN
     with pytest.raises(UserError, match=f"FOT_JOIN_SECONDS={text} must be a whole number"):
         distributed.join_seconds({"FOT_JOIN_SECONDS": text})
+
+
+ROWS = """
+import types
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from fot.batch import Batch
+from fot.data import loader
+first, second = ([device for device in jax.devices() if device.process_index == each] for each in (0, 1))
+for order in ({order}):
+    place = NamedSharding(Mesh(np.array(order), ("data", "tensor")), PartitionSpec("data"))
+    config = types.SimpleNamespace(data=types.SimpleNamespace(batch_size=len(order), context=4))
+    mine = loader.host_rows(config, place)
+    own = Batch(*(np.array(mine)[:, None] + np.zeros((1, 4), int) for _ in Batch._fields))
+    for field in loader.global_batch(own, place, len(order)):
+        assert field.shape == (len(order), 4)
+        for shard in field.addressable_shards:
+            assert (np.asarray(shard.data) == np.arange(len(order))[shard.index[0], None]).all()
+    print(mine)
+"""
+
+
+def test_a_process_has_the_rows_of_its_devices_wherever_a_mesh_has_put_them():
+    apart = "[[first[0]], [second[0]], [second[1]], [first[1]]]"
+    shared = "[[first[0], first[1]], [first[2], second[0]], [second[1], second[2]]]"
+    (left, right) = ran(ROWS.replace("{order}", f"{apart}, {shared}").strip())
+    assert left[:2] == (0, "[0, 3]\n[0, 1]\nover\n"), left
+    assert right[:2] == (0, "[1, 2]\n[1, 2]\nover\n"), right
