@@ -142,25 +142,33 @@ def test_a_step_that_compiled_to_more_than_there_is_does_not_fit(monkeypatch, cp
 
 
 def test_candidates_divide_the_devices_and_begin_near_the_config():
-    config = of_mesh(fsdp=8)
-    found = search.candidates(config, jax.devices(), 1)
-    assert found
+    config = of_mesh(data=2, fsdp=2, tensor=2)
+    found = search.candidates(config, 8, 1)
+    shapes = []
     for candidate in found:
-        sharding.check_mesh(sharding.make_mesh(candidate.mesh, jax.devices()), candidate)
+        mesh = sharding.make_mesh(candidate.mesh, jax.devices())
+        sharding.check_mesh(mesh, candidate)
         assert candidate.data == config.data and candidate.crossbatch == config.crossbatch
-    assert [candidate.mesh.data for candidate in found] == sorted(candidate.mesh.data for candidate in found)
-    assert sum((found[0].model.remat != "none", found[0].train.accumulation > 1, found[0].mesh.tensor > 1)) == 1
-    shapes = [
-        (sharding.make_mesh(c.mesh, jax.devices()).shape_tuple, c.model.remat, c.train.accumulation) for c in found
-    ]
+        shapes.append((mesh.shape_tuple, candidate.model.remat, candidate.train.accumulation))
     assert len(set(shapes)) == len(shapes)
-    assert (sharding.make_mesh(config.mesh, jax.devices()).shape_tuple, config.model.remat, 1) not in shapes
+    own = dict(data=2, fsdp=2, tensor=2, sequence=1)
+    assert (tuple(own.items()), config.model.remat, 1) not in shapes
+    first = [dict(mesh) for mesh, remat, factor in shapes[:8] if (remat, factor) == (config.model.remat, 1)]
+    assert own | dict(data=4, tensor=1) in first and own | dict(data=1, fsdp=4) in first
+    assert own | dict(data=1, tensor=4) in first
+
+
+def test_a_mesh_that_splits_rows_too_often_gets_tensor():
+    config = dataclasses.replace(of_mesh(data=-1, fsdp=4), data=dataclasses.replace(SMALL.data, batch_size=4))
+    near = search.candidates(config, 8, 1)[0]
+    assert near.mesh == MeshConfig(data=-1, fsdp=4, tensor=2) and near.train == config.train
 
 
 def test_candidates_that_can_not_be_enough_are_left_out():
-    for candidate in search.candidates(SMALL, jax.devices(), 3.1):
-        factor = candidate.train.accumulation * candidate.mesh.tensor
-        assert factor >= 4 or candidate.model.remat != SMALL.model.remat
+    for candidate in search.candidates(SMALL, 8, 3.1):
+        sizes = sharding.make_mesh(candidate.mesh, jax.devices()).shape
+        factor = candidate.train.accumulation * max(sizes["tensor"] / 2, 1) * max(sizes["fsdp"] / 4, 1)
+        assert factor >= 3.1 or candidate.model.remat != SMALL.model.remat
 
 
 class TestCommand:

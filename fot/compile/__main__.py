@@ -93,7 +93,7 @@ def main(config: ExperimentConfig, flags: Flags) -> None:
 def _row(config: ExperimentConfig, topology: str, d: int, flags: Flags) -> Row:
     """Compiles for one topology, prints what it tells, and searches if need be."""
     examine = functools.partial(report.examine, topology=topology, slices=flags.slices, d=d, effort=flags.effort)
-    first, reason, devices = None, "", generations.devices(topology, flags.slices)
+    first, reason, devices = None, "", len(generations.devices(topology, flags.slices))
     try:
         first = examine(config)
         print(table.full(first), flush=True)
@@ -120,7 +120,10 @@ def _row(config: ExperimentConfig, topology: str, d: int, flags: Flags) -> Row:
 def _hint(others: list[ExperimentConfig]) -> str:
     if not others:
         return ""
-    return f"; --config.mesh.tensor={others[0].mesh.tensor} --config.mesh.data={others[0].mesh.data} would do"
+    mesh = others[0].mesh
+    return (
+        f"; --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp} --config.mesh.tensor={mesh.tensor} would do"
+    )
 
 
 def _shown(examine: Any, config: ExperimentConfig) -> Report:

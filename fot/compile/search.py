@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import jax
-
-from fot import sharding
 from fot.compile.report import Report
 from fot.config import ExperimentConfig, MeshConfig
+from fot.config import mesh as config_mesh
 from fot.config.model import REMATS
 from fot.errors import ConfigError
 
 _FACTORS = (1, 2, 4, 8)
+_FSDP = (16, -1)  # beside the config's own; -1 is all devices that tensor leaves
 
 
 class Tried(NamedTuple):
@@ -33,48 +32,62 @@ def seconds(report: Report) -> float:
     return report.program.estimate.seconds + report.program.bound.interconnect
 
 
-def candidates(config: ExperimentConfig, devices: list[jax.Device], shrink: float) -> list[ExperimentConfig]:
-    """Returns configs that the devices can hold in equal shares, the nearest to `config` first, without itself.
+def candidates(config: ExperimentConfig, devices: int, shrink: float) -> list[ExperimentConfig]:
+    """Returns configs that so many devices can hold in equal shares, the nearest to `config` first, without itself.
 
-    A step away doubles accumulation or `tensor`, or is the next remat. `data` grows only if that is not enough to
-    divide rows or widths.
+    A step away doubles or halves `tensor`, has another `fsdp`, doubles accumulation, or is the next remat; `data` takes
+    the devices that are left.
 
     Args:
       config: the run.
-      devices: of the topology.
-      shrink: how many times smaller the memory has to get. As more accumulation or `tensor` divides it at most, what
-        is too near is left out, and above 1 also what keeps more for the backward pass.
+      devices: of all slices.
+      shrink: how many times smaller the memory has to get. As more accumulation, `tensor` or `fsdp` divides it at most,
+        what is too near is left out, and above 1 also what keeps more for the backward pass.
     """
-    own, kept = _shape(config.mesh, devices), REMATS.index(config.model.remat)
+    own, kept = _sizes(config.mesh, devices), REMATS.index(config.model.remat)
+    fsdp, tensor = (own["fsdp"], own["tensor"]) if own else (config.mesh.fsdp, max(config.mesh.tensor, 1))
     remats = REMATS[kept:] if shrink > 1 else REMATS
-    found = []
-    for data, remat, factor, split in itertools.product(_FACTORS, remats, _FACTORS, _FACTORS):
-        tensor = split if own is None else split * own["tensor"]
-        mesh = MeshConfig(data=data, fsdp=-1, tensor=tensor, sequence=config.mesh.sequence)
-        steps = abs(REMATS.index(remat) - kept) + math.log2(factor * split)
-        if remat == config.model.remat and factor * split < shrink:
+    found = {}
+    for split, shards, remat, factor in itertools.product({*_FACTORS, tensor}, (fsdp, *_FSDP), remats, _FACTORS):
+        data = 1 if shards == -1 else -1
+        mesh = MeshConfig(data=data, fsdp=shards, tensor=split, sequence=config.mesh.sequence)
+        sizes = _sizes(mesh, devices)
+        if sizes is None or (sizes, remat, factor) == (own, config.model.remat, 1):
             continue
-        try:
-            candidate = dataclasses.replace(
-                config,
-                model=dataclasses.replace(config.model, remat=remat),
-                train=dataclasses.replace(config.train, accumulation=config.train.accumulation * factor),
-                mesh=mesh,
-            )
-            sharding.check_mesh(sharding.make_mesh(mesh, devices), candidate)
-        except ConfigError:
+        smaller = factor * max(split / tensor, 1) * max(sizes["fsdp"] / max(fsdp, 1), 1)
+        candidate = _changed(config, sizes, mesh, remat, factor)
+        if candidate is None or (remat == config.model.remat and smaller < shrink):
             continue
-        if (remat, factor, _shape(mesh, devices)) != (config.model.remat, 1, own):
-            found.append(((data, steps, tensor), candidate))
-    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+        steps = abs(math.log2(split / tensor)) + (sizes["fsdp"] != fsdp)
+        steps += abs(REMATS.index(remat) - kept) + math.log2(factor)
+        # The same sizes may come twice, by -1 and by their number.
+        found.setdefault((*sizes.values(), remat, factor), ((steps, factor, split), candidate))
+    return [candidate for _, candidate in sorted(found.values(), key=lambda each: each[0])]
 
 
-def _shape(mesh: MeshConfig, devices: list[jax.Device]) -> dict[str, int] | None:
+def _sizes(mesh: MeshConfig, devices: int) -> dict[str, int] | None:
     """Returns the size of each axis, None if the mesh doesn't fit the devices."""
     try:
-        return dict(sharding.make_mesh(mesh, devices).shape)
+        return config_mesh.sizes(mesh, devices)
     except ConfigError:
         return None
+
+
+def _changed(
+    config: ExperimentConfig, sizes: dict[str, int], mesh: MeshConfig, remat: str, factor: int
+) -> ExperimentConfig | None:
+    """Returns the config with these settings, None if a mesh of these sizes can't hold it in equal shares."""
+    try:
+        changed = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, remat=remat),
+            train=dataclasses.replace(config.train, accumulation=config.train.accumulation * factor),
+            mesh=mesh,
+        )
+        config_mesh.check(sizes, changed)
+    except ConfigError:
+        return None
+    return changed
 
 
 def until_it_fits(
