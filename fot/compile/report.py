@@ -234,7 +234,7 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, slices: int, generation: Gen
     return Program(memory, moved, bound, estimate, costs.largest(program, _SHOWN), costs.costliest(program, _SHOWN))
 
 
-def collectives(program: hlo.Program, mesh: dict[str, int], slices: int) -> tuple[Moved, ...]:
+def collectives(program: hlo.Program, mesh: dict[str, int], slices: int = 1) -> tuple[Moved, ...]:
     """Returns the collectives of a program, those alike added up, most bytes first."""
     runs, sent = collections.Counter(), collections.Counter()
     for each in costs.collectives(program):
