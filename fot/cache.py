@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fot.attention import Partial
 from fot.config import ModelConfig
-from fot.memory import Slots, moved, moved_back
+from fot.memory import Slots, after_writing, for_writing
 from fot.readers.dense import dense
 from fot.readers.reader import Reader
 
@@ -77,8 +77,8 @@ def append(cache: Cache, new: Entries, count_B: jax.Array) -> Cache:
     )
 
     def put(held: jax.Array, new: jax.Array) -> jax.Array:
-        written = moved(held).at[index].set(moved(new).swapaxes(1, 2), mode="drop")
-        return moved_back(written, held.dtype)
+        written = for_writing(held).at[index].set(for_writing(new).swapaxes(1, 2), mode="drop")
+        return after_writing(written, held.dtype)
 
     keys, values, stored = (
         tuple(map(put, *pair))

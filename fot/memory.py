@@ -203,9 +203,10 @@ def write_part(
         return held
 
     dtype = part.keys.dtype
-    keys, values, *held = (moved(x.astype(dtype)) for x in (keys, values, part.keys, part.values))
+    keys, values, *held = (for_writing(x.astype(dtype)) for x in (keys, values, part.keys, part.values))
     *pairs, documents = jax.lax.fori_loop(0, len(documents_BT), put, (*held, part.documents))
-    return written._replace(keys=moved_back(pairs[0], dtype), values=moved_back(pairs[1], dtype), documents=documents)
+    keys, values = (after_writing(x, dtype) for x in pairs)
+    return written._replace(keys=keys, values=values, documents=documents)
 
 
 def _put(held: jax.Array, new: jax.Array, mask: jax.Array, at: tuple[jax.Array | int, ...]) -> jax.Array:
@@ -221,15 +222,15 @@ def _row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def moved(x: jax.Array) -> jax.Array:
+def for_writing(x: jax.Array) -> jax.Array:
     """Returns bfloat16 as integers on a CPU, where XLA would convert all that is held to float32 and back to write."""
     if x.dtype != jnp.bfloat16 or device.platform() != "cpu":
         return x
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-def moved_back(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns what `moved` made of an array of that dtype as it was."""
+def after_writing(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns what `for_writing` made of an array of that dtype as it was."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 

@@ -20,7 +20,8 @@ class CrossbatchConfig:
         (range, stepping and packing of the released LongLLaMA code).
       packing: consecutive rows that continue one document, K.
       groups: equal groups of consecutive packs in a microbatch; a row sees rows of its own group alone, as if each
-        group were a batch of its own. A multiple of the mesh's data × fsdp needs no communication for contexts.
+        group were a batch of its own. A multiple of the mesh's data × fsdp needs no communication for contexts,
+        a multiple of the TPU slices none between them.
       d: for "previous", documents whose contexts a row sees, its own included, for each phase of the schedule.
       w: for "previous", how many previous contexts of each document a row sees at most.
       segments: for "segments", (positives, negatives) for each place in the pack; sets K.

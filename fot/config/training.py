@@ -58,6 +58,8 @@ class OptimizerConfig:
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, all the devices that are left.
 
+    Of several TPU slices, `data` leads from slice to slice if they divide it, else `fsdp` must.
+
     Attributes:
       data: rows are split, parameters replicated.
       fsdp: rows are split, parameters too.
