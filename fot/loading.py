@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import lean, model, sharding
@@ -89,7 +89,7 @@ def memory_format(mesh: Mesh, slots: str | None = None) -> Memory:
     Left alone, the TPU's compiler lays out heads that aren't of 128 numbers otherwise, and copies a memory to read it.
     """
     place = memory_sharding(mesh, slots)
-    pairs = Format(Layout(tuple(range(5))), place.keys)
+    pairs = Format(memories.row_major(5), place.keys)
     return place._replace(keys=pairs, values=pairs)
 
 

@@ -219,7 +219,12 @@ def _put(held: jax.Array, new: jax.Array, mask: jax.Array, at: tuple[jax.Array |
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return with_layout_constraint(x, row_major(x.ndim))
+
+
+def row_major(dimensions: int) -> Layout:
+    """Returns the layout of memories: a slot's numbers side by side."""
+    return Layout(tuple(range(dimensions)))
 
 
 def for_writing(x: jax.Array) -> jax.Array:
