@@ -46,6 +46,7 @@ CHANGEABLE = (
     "train.keep_last",
     "train.keep_every",
     "train.max_skipped",
+    "train.stuck_seconds",
 )
 
 # What a failed save raises: asyncio's own error comes from arrays whose writing was given up for another's failure.

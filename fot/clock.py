@@ -44,10 +44,11 @@ class Clock:
         self._began, self._steps, self._data_wait = time.perf_counter(), 0, 0.0
         self._watch.begin()
 
-    def count(self, data_wait: float) -> None:
-        """Counts a step, which waited so many seconds for its data."""
+    def count(self, step: int, data_wait: float) -> None:
+        """Counts a step that begins, counted from 0, which waited so many seconds for its data."""
         self._steps += 1
         self._data_wait += data_wait
+        self._watch.step = step
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Several processes that train as one: joined before JAX is used, and none that waits for one that is gone.
+"""Several processes that train as one: joined before JAX is used, and none that waits for one that is gone or stuck.
 
 Environment variables may say which process this is, as `launch --backend=local` does: JAX_COORDINATOR_ADDRESS
 (host:port, of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without them JAX asks Slurm, Open MPI, GKE or
@@ -26,7 +26,7 @@ JOIN = 300  # seconds that all processes have to come, and, at the start, to eac
 HEARTBEAT = 60  # seconds of silence after which a process is taken for lost, and ends the others
 COMPILED = 1800  # seconds between the first process and the last that have compiled a program
 LEAVE = 20  # seconds that a process which is done waits for the others to be done too
-AGREE = 15  # seconds that all have to tell where they are, when they are about to be ended
+AGREE = 15  # seconds that all have to tell where they are, when they are about to be ended, or end by themselves
 LAST = 1.0  # seconds that the first process leaves the others for their end
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -36,6 +36,7 @@ _GONE = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|hea
 # How JAX's barriers, orbax's too, name those that didn't come.
 _LATE = re.compile(r"timed out task names:\n((?:\d+\n)+)")
 _NOTICE = "fot/terminated/{}"
+_ENDING = threading.Lock()  # held by the thread that ends the process
 _AGAIN = f"look there, and start all again, with a larger {SECONDS} if it is only slow"
 
 
@@ -114,19 +115,57 @@ def agree(name: str, value: int, seconds: float = AGREE) -> int:
     """
     if _state().num_processes == 1:
         return value
+    words = _words(name, str(value), seconds)
+    if len(words) < _state().num_processes:
+        raise LostError(_silent(words, seconds))
+    return max(map(int, words.values()))
+
+
+def give_up(why: str, step: int, place: str) -> NoReturn:
+    """Ends this process, with 42, because the steps don't go on; says which one holds the others up.
+
+    The others find the same at about the same time. One that doesn't, it too, ends when this one has.
+
+    Args:
+      why: what the line begins with.
+      step: that this process is at.
+      place: in the code, where its main thread is.
+    """
+    words = _words("stuck", f"{step} {place}", AGREE)
+    which = _behind(words) if len(words) == _state().num_processes else _silent(words, AGREE)
+    _end(LostError(f"{why}: {which}; the same command goes on from the newest checkpoint"), LAST if is_first() else 0)
+
+
+def _behind(words: Mapping[int, str]) -> str:
+    """Returns which processes are at an earlier step than others, and where the first is, out of the words of all."""
+    steps = {number: int(word.partition(" ")[0]) for number, word in words.items()}
+    last = max(steps.values())
+    behind = [number for number, step in steps.items() if step < last]
+    first = behind[0] if behind else 0
+    place = words[first].partition(" ")[2]
+    if not behind:
+        return f"all {len(words)} processes are at step {last}, the first in {place}"
+    which = f"process {', '.join(map(str, behind))} of {len(words)}"
+    return f"{which} is behind, at step {steps[first]} of {last}, in {place}"
+
+
+def _words(name: str, word: str, seconds: float) -> dict[int, str]:
+    """Tells all processes a word, once for a name, and returns the words of those that have told theirs in time."""
     client, deadline = _state().client, time.monotonic() + seconds
-    values, missing = [], []
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first is gone, as the others' values will tell
-        client.key_value_set(f"fot/{name}/{_state().process_id}", str(value))
+    words = {}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first is gone, as the others' words will tell
+        client.key_value_set(f"fot/{name}/{_state().process_id}", word)
     for number in range(_state().num_processes):
         left = max(int(1000 * (deadline - time.monotonic())), 1)
-        try:
-            values.append(int(client.blocking_key_value_get(f"fot/{name}/{number}", left)))
-        except jax.errors.JaxRuntimeError:
-            missing.append(str(number))
-    if missing:
-        raise LostError(f"no word within {seconds:g} s from process {', '.join(missing)} of {_state().num_processes}")
-    return max(values)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            words[number] = client.blocking_key_value_get(f"fot/{name}/{number}", left)
+    return words
+
+
+def _silent(words: Mapping[int, str], seconds: float) -> str:
+    count = _state().num_processes
+    missing = ", ".join(str(number) for number in range(count) if number not in words)
+    return f"no word within {seconds:g} s from process {missing} of {count}"
 
 
 @final
@@ -278,10 +317,13 @@ def _leave(error: BaseException) -> NoReturn:
     _end(lost(error) or error)
 
 
-def _end(error: BaseException) -> NoReturn:
+def _end(error: BaseException, after: float = 0) -> NoReturn:
+    """Ends the process with the exit code of an error, the first of several, so many seconds after it is told."""
+
     def fail() -> None:
         raise error
 
+    _ENDING.acquire()
     code = 1
     try:
         code = cli.RETRY if isinstance(error, LostError) and cli.exit_code(fail) else cli.exit_code(fail)
@@ -293,6 +335,7 @@ def _end(error: BaseException) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
+        time.sleep(after)
         os._exit(code)
 
 

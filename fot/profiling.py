@@ -1,14 +1,17 @@
-"""What a slow or hanging run leaves behind: an XProf trace of chosen steps, the stacks of all threads."""
+"""What a slow or hanging run leaves behind: an XProf trace of chosen steps, the stacks of all threads, its end."""
 
 import contextlib
 import faulthandler
+import math
 import pathlib
 import statistics
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, NoReturn, final
 
 import jax
 
@@ -18,7 +21,9 @@ FOLDER = "profile"  # in the workdir
 HANG_FILE = "hang.{}.txt"  # there too, with the number of the process
 SLOW = 10  # times the median
 LEAST = 10.0  # seconds; less is no hang, whatever the median
-_KNOWN, _KEPT = 3, 100  # stretches that a median needs, and is of at the most
+STUCK = 2  # times that: what hangs so long won't go on
+UNKNOWN = 3600.0  # seconds after which it won't when nobody knows what is usual
+KNOWN, _KEPT = 3, 100  # stretches that a median needs, and is of at the most
 
 
 class Span(NamedTuple):
@@ -90,25 +95,51 @@ class Trace:
             jax.profiler.stop_trace()
 
 
+class Ends(NamedTuple):
+    """How a run that doesn't go on is ended.
+
+    Attributes:
+      seconds: that a stretch of steps may take at least; 0 is any time.
+      give_up: receives why, the step, and where in the code the main thread is; doesn't return.
+    """
+
+    seconds: float
+    give_up: Callable[[str, int, str], NoReturn]
+
+
 @final
 class Watch:
     """Reports the stacks of all threads when a stretch of steps takes 10 × the median of those before it.
 
-    A context manager; a thread of its own watches, so that it notices also where the main thread waits for devices.
+    It may also end a run that doesn't go on. A context manager; a thread of its own watches, so that it notices also
+    where the main thread waits for devices.
+
+    Attributes:
+      step: that has begun, counted from 0.
     """
 
-    def __init__(self, report: pathlib.Path, log: Callable[[str], None], least: float = LEAST, shown: str = ""):
+    def __init__(
+        self,
+        report: pathlib.Path,
+        log: Callable[[str], None],
+        least: float = LEAST,
+        shown: str = "",
+        ends: Ends | None = None,
+    ):
         """Args:
         report: file that the stacks are appended to.
         log: receives a line.
         least: seconds without report.
         shown: what the line calls the file, if it is copied elsewhere; "" is its path.
+        ends: how the run is ended; None never does it.
         """
         self._report, self._log, self._least, self._shown = report, log, least, shown or str(report)
+        self._ends = ends if ends and ends.seconds else None
         self._seconds: deque[float] = deque(maxlen=_KEPT)
         self._turn = threading.Condition()
-        self._began, self._due = 0.0, None
+        self._began, self._due, self._over = 0.0, math.inf, math.inf
         self._closed = False
+        self.step = 0
 
     def __enter__(self) -> "Watch":
         self._thread = threading.Thread(target=self._watch, name="fot-watch", daemon=True)
@@ -123,34 +154,40 @@ class Watch:
 
     def begin(self) -> None:
         """Begins a stretch."""
-        self._began = time.monotonic()
-        if len(self._seconds) >= _KNOWN:
-            self._set(self._began + max(self._least, SLOW * statistics.median(self._seconds)))
+        known = len(self._seconds) >= KNOWN
+        self._set(max(self._least, SLOW * statistics.median(self._seconds)) if known else None)
 
     def end(self) -> None:
         """Ends the stretch, and remembers how long it took."""
+        seconds = time.monotonic() - self._began
         self.rest()
-        self._seconds.append(time.monotonic() - self._began)
+        self._seconds.append(seconds)
 
     def rest(self) -> None:
-        """Forgets the stretch: what comes now may take any time."""
+        """Forgets the stretch: nobody knows how long what comes now takes."""
         self._set(None)
 
-    def _set(self, due: float | None) -> None:
+    def _set(self, slow: float | None) -> None:
+        """Begins to wait for a report after so many seconds, None is never, and for an end."""
         with self._turn:
-            self._due = due
+            self._began = time.monotonic()
+            self._due = math.inf if slow is None else self._began + slow
+            last = UNKNOWN if slow is None else STUCK * slow
+            self._over = math.inf if self._ends is None else self._began + max(last, self._ends.seconds)
             self._turn.notify()
 
     def _watch(self) -> None:
         with self._turn:
             while not self._closed:
-                if self._due is None:
-                    self._turn.wait()
-                elif (left := self._due - time.monotonic()) > 0:
-                    self._turn.wait(left)
-                else:
-                    self._due = None
+                now = time.monotonic()
+                if now >= self._over:
+                    self._over = math.inf
+                    self._ends.give_up(f"nothing has come for {now - self._began:.3g} s", self.step, _main_thread())
+                if now >= self._due:
+                    self._due = math.inf
                     self._tell()
+                left = min(self._due, self._over) - now
+                self._turn.wait(None if left == math.inf else left)
 
     def _tell(self) -> None:
         usual, seconds = statistics.median(self._seconds), time.monotonic() - self._began
@@ -163,3 +200,13 @@ class Watch:
         except OSError as error:
             where = f"the stacks of all threads can't be written to {self._report} ({error.strerror})"
         self._log(f"hanging? the steps since the last line have taken {seconds:.3g} s, usually {usual:.3g} s: {where}")
+
+
+def _main_thread() -> str:
+    """Returns where in this package the main thread is."""
+    package = pathlib.Path(__file__).parent
+    for frame, line in traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]):
+        path = pathlib.Path(frame.f_code.co_filename)
+        if package in path.parents:
+            return f"{path.relative_to(package.parent)}, line {line}"
+    return "other code"

@@ -35,7 +35,7 @@ from fot.data import corpus, loader, rows
 from fot.data.loader import Loader
 from fot.errors import CheckpointError, LostError, TrainingError, UserError
 from fot.metrics import MetricsWriter, NoMetrics, Progress
-from fot.profiling import HANG_FILE, Span, Trace, Watch, span
+from fot.profiling import HANG_FILE, Ends, Span, Trace, Watch, span
 from fot.termination import Termination, nothing
 from fot.train_step import StepMetrics, TrainState
 from fot.workdir import Workdir, opened
@@ -171,7 +171,8 @@ def _reports(
         trace = stack.enter_context(Trace(traced, place.local))
         hang = HANG_FILE.format(number)
         shown = str(place.checkpoints.parent / hang)  # of a bucket, where the copy will be
-        watch = stack.enter_context(Watch(place.local / hang, log, shown=shown))
+        ends = Ends(config.train.stuck_seconds, distributed.give_up) if jax.process_count() > 1 else None
+        watch = stack.enter_context(Watch(place.local / hang, log, shown=shown, ends=ends))
         yield _Reports(place, writer, progress, log, trace, watch)
 
 
@@ -257,10 +258,10 @@ def _loop(
                     steps[d] = _compile(run, d, step, log)
             with termination.deferred():
                 checkpoints.check()
+                clock.count(step, data_wait)
                 with trace.step(step, state):
                     state, metrics = steps[d](state, batch)
                 step, position = step + 1, after
-                clock.count(data_wait)
                 last = step == train.steps
                 if step % train.max_skipped == 0 or last:
                     _stop_if_lost(metrics, batch, step, checkpoints, train)
@@ -275,7 +276,7 @@ def _loop(
             if run.evaluates(step):
                 with clock.stopped():
                     evaluate()
-        with termination.deferred():
+        with termination.deferred(), clock.stopped():
             checkpoints.wait()
     return state
 

@@ -213,6 +213,30 @@ def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
     assert failed == (2, "", "error: no space\n")
 
 
+def test_who_holds_the_others_up_is_named_by_all():
+    # The second is behind, and so in the code that it tells. The third has no word for them.
+    body = (
+        "distributed.AGREE = 3\nif number == 2: time.sleep(300)\n"
+        "threading.Thread(target=distributed.give_up, args=('stuck', 10 - 2 * number, 'fot/rows.py, line 7')).start()\n"
+        "time.sleep(300)"
+    )
+    silent = "error: stuck: no word within 3 s from process 2 of 3; the same command goes on from the newest checkpoint"
+    first, second, third = ran(body, (0, 1, 2), 3)
+    assert first[0] == second[0] == 42 and first[2].startswith(silent) and second[2].startswith(silent)
+    assert third[0] == -6, "JAX ends a process that has lost the first"
+    behind = "error: stuck: process 1 of 2 is behind, at step 8 of 10, in fot/rows.py, line 7; the same command"
+    for code, _, errors in ran(body):
+        assert code == 42 and errors.startswith(behind)
+
+
+def test_who_is_behind():
+    words = {0: "12 a, line 1", 1: "9 b, line 2", 2: "12 c, line 3", 3: "9 d, line 4"}
+    assert distributed._behind(words) == "process 1, 3 of 4 is behind, at step 9 of 12, in b, line 2"
+    assert distributed._behind({0: "12 a, line 1", 1: "12 b, line 2"}) == (
+        "all 2 processes are at step 12, the first in a, line 1"
+    )
+
+
 @pytest.mark.parametrize(
     ("numbers", "count", "missing"),
     [((0,), 2, "1"), ((1,), 2, "0"), ((0, 2), 4, "1, 3")],

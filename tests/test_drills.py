@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import pytest
 
-from fot import cli
+from fot import cli, profiling
 from tests.trainings import Place, place_in, state_of, until
 
 REPEATED = int(os.environ.get("FOT_DRILLS", "2"))
@@ -63,13 +63,18 @@ class Run(NamedTuple):
 
     @contextlib.contextmanager
     def started(
-        self, late: Sequence[float] = (0, 0), skew: Sequence[float] = (0, 0), **environment: str
+        self,
+        late: Sequence[float] = (0, 0),
+        skew: Sequence[float] = (0, 0),
+        flags: Sequence[str] = (),
+        **environment: str,
     ) -> Iterator[list[subprocess.Popen]]:
         """Gives its processes, none of which is left after the block.
 
         Args:
           late: seconds after which each starts.
           skew: seconds that the clock of each is ahead.
+          flags: of all.
           environment: variables of all.
         """
         with socket.socket() as free:
@@ -80,12 +85,12 @@ class Run(NamedTuple):
             began = time.monotonic()
             for number in sorted(range(self.count), key=lambda number: late[number]):
                 time.sleep(max(began + late[number] - time.monotonic(), 0))
-                own = {"FOT_SKEW": str(skew[number]), "PYTHONPATH": str(pathlib.Path(__file__).parent / "skewed")}
+                own = {"FOT_SKEW": str(skew[number]), "PYTHONPATH": str(pathlib.Path(__file__).parent / "disturbed")}
                 if self.count > 1:
                     own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
                     own |= {"JAX_NUM_PROCESSES": str(self.count), "JAX_PROCESS_ID": str(number)}
-                flags = [*FLAGS, *ALONE[self.count]]
-                processes[number] = self.place.start(self.name, *flags, number=number, **own, **environment)
+                all_flags = [*FLAGS, *ALONE[self.count], *flags]
+                processes[number] = self.place.start(self.name, *all_flags, number=number, **own, **environment)
             yield processes
         finally:
             for process in filter(None, processes):
@@ -144,6 +149,18 @@ def kill_one_of_two_in_a_step(run: Run, draw: random.Random) -> None:
         processes[number].kill()
         ended = codes(processes)
     assert ended[number] == -signal.SIGKILL and ended[1 - number] in ENDED, run.place.errors(run.name, 1 - number)
+
+
+def one_of_two_is_stuck(run: Run, draw: random.Random) -> None:
+    number, step = draw.randrange(2), draw.randrange(profiling.KNOWN + 1, STEPS - LEAST)
+    with run.started(flags=["--config.train.stuck_seconds=1"]) as processes:
+        until(lambda: run.place.step(run.name) >= step, *processes)
+        time.sleep(draw.uniform(0, 0.05))
+        processes[number].send_signal(signal.SIGUSR1)
+        ended = codes(processes)
+    assert ended[1 - number] == cli.RETRY and ended[number] in ENDED
+    [line] = [line for line in run.place.errors(run.name, 1 - number) if line.startswith("error:")]
+    assert f"process {number} of 2" in line and "goes on from the newest checkpoint" in line, line
 
 
 def kill_in_a_save(run: Run, draw: random.Random) -> None:
@@ -275,6 +292,7 @@ class Drill(NamedTuple):
 
 DRILLS = [
     Drill(2, kill_one_of_two_in_a_step),
+    Drill(2, one_of_two_is_stuck),
     Drill(1, kill_in_a_save),
     Drill(2, kill_in_a_save),
     Drill(1, sigterm_in_compilation),

@@ -1,6 +1,7 @@
 """Properties of traces and of the watch over a run's speed."""
 
 import pathlib
+import re
 import threading
 import time
 
@@ -10,7 +11,8 @@ import pytest
 
 from fot import profiling
 from fot.errors import UserError
-from fot.profiling import Span, Trace, Watch
+from fot.profiling import Ends, Span, Trace, Watch
+from fot.termination import Termination
 
 
 def test_spans_of_steps():
@@ -121,3 +123,59 @@ def test_short_stretches_are_no_hang(tmp_path):
             time.sleep(seconds)
             watch.end()
     assert not lines
+
+
+def ended(folder: pathlib.Path, seconds: float, least: float, stretches: int) -> tuple[list[tuple], list[str]]:
+    """Watches so many short stretches and then one that hangs; returns how the run was ended, and what was logged."""
+    calls, lines = [], []
+    told = threading.Event()
+
+    def give_up(*call):
+        calls.append(call)
+        told.set()
+
+    with Watch(folder / "hang.txt", lines.append, least=least, ends=Ends(seconds, give_up)) as watch:
+        for number in range(stretches):
+            watch.begin()
+            watch.step = number
+            time.sleep(0.01)
+            watch.end()
+        watch.begin()
+        told.wait(1)
+    return calls, lines
+
+
+def test_what_hangs_for_longer_is_ended_once(tmp_path):
+    calls, lines = ended(tmp_path, seconds=0.4, least=0.1, stretches=profiling.KNOWN)
+    [(why, step, place)] = calls
+    assert why.startswith("nothing has come for 0.4") and step == profiling.KNOWN - 1
+    assert place == "other code"  # the main thread is in this test
+    assert len(lines) == 1 and "hanging?" in lines[0]  # reported before
+
+
+def test_nothing_is_ended_sooner_than_told(tmp_path):
+    known = profiling.KNOWN
+    assert ended(tmp_path, seconds=2.0, least=0.1, stretches=known)[0] == []  # it may take two seconds
+    assert ended(tmp_path, seconds=0.1, least=1.0, stretches=known)[0] == []  # it may take twice as long as a report
+    assert ended(tmp_path, seconds=0.0, least=0.1, stretches=known)[0] == []  # never
+    assert ended(tmp_path, seconds=0.1, least=0.1, stretches=0)[0] == []  # nobody knows what is usual
+
+
+def test_what_takes_an_unknown_time_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "UNKNOWN", 0.3)
+    [(why, step, _)], lines = ended(tmp_path, seconds=0.1, least=10.0, stretches=0)
+    assert why.startswith("nothing has come for 0.3") and step == 0 and not lines
+
+
+def test_a_place_is_in_this_package_even_if_its_code_waits_in_other_code(tmp_path):
+    calls = []
+    termination = Termination()
+    with Watch(tmp_path / "hang.txt", print, least=0.0, ends=Ends(0.1, lambda *call: calls.append(call))) as watch:
+        for _ in range(profiling.KNOWN):
+            watch.begin()
+            watch.end()
+        watch.begin()
+        with termination.deferred():
+            termination.go_on(lambda: calls, 0.5)
+    [(_, _, place)] = calls
+    assert re.fullmatch(r"fot/termination\.py, line \d+", place)

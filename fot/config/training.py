@@ -94,6 +94,9 @@ class TrainConfig:
       keep_last: how many of the newest checkpoints are kept.
       keep_every: checkpoints at multiples of this step are kept for good; 0 is none.
       max_skipped: how many steps in a row may be skipped for non-finite gradients before the run stops.
+      stuck_seconds: seconds without a new line of metrics after which several processes end, with 42, and say which
+        of them holds the others up; never sooner than 20 × the usual, nor, in compilations, evaluations and saves and
+        before it is known what is usual, than an hour. 0 is never, as with one process.
     """
 
     steps: int = 1000
@@ -107,8 +110,9 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int = 0
     max_skipped: int = 10
+    stuck_seconds: int = 900
 
     def __post_init__(self):
         positive(self, "steps", "accumulation", "log_every", "evaluate_batches", "checkpoint_every", "keep_last")
         positive(self, "max_skipped")
-        not_negative(self, "seed", "evaluate_every", "keep_every")
+        not_negative(self, "seed", "evaluate_every", "keep_every", "stuck_seconds")
