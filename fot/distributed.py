@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 import jax
@@ -28,6 +28,9 @@ COMPILED = 1800  # seconds between the first process and the last that have comp
 LEAVE = 20  # seconds that a process which is done waits for the others to be done too
 AGREE = 15  # seconds that all have to tell where they are, when they are about to be ended, or end by themselves
 LAST = 1.0  # seconds that the first process leaves the others for their end
+SHOWN = 4  # processes, and groups of those in one place, that a line names
+
+TERMINATED, STUCK = "terminated", "stuck"  # what all processes may be told: one is about to be terminated, or waits
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SECONDS = "FOT_JOIN_SECONDS"
@@ -35,7 +38,7 @@ SECONDS = "FOT_JOIN_SECONDS"
 _GONE = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|heartbeat|Connection (reset|closed)")
 # How JAX's barriers, orbax's too, name those that didn't come.
 _LATE = re.compile(r"timed out task names:\n((?:\d+\n)+)")
-_NOTICE = "fot/terminated/{}"
+_NOTICE = "fot/{}/to/{}"
 _ENDING = threading.Lock()  # held by the thread that ends the process
 _AGAIN = f"look there, and start all again, with a larger {SECONDS} if it is only slow"
 
@@ -116,37 +119,44 @@ def agree(name: str, value: int, seconds: float = AGREE) -> int:
     if _state().num_processes == 1:
         return value
     words = _words(name, str(value), seconds)
-    if len(words) < _state().num_processes:
-        raise LostError(_silent(words, seconds))
+    if missing := [str(number) for number in range(_state().num_processes) if number not in words]:
+        raise LostError(f"no word within {seconds:g} s from process {', '.join(missing)} of {_state().num_processes}")
     return max(map(int, words.values()))
 
 
 def give_up(why: str, step: int, place: str) -> NoReturn:
-    """Ends this process, with 42, because the steps don't go on; says which one holds the others up.
+    """Ends this process, with 42, because a run doesn't go on; says where each process is, first the one behind.
 
-    The others find the same at about the same time. One that doesn't, it too, ends when this one has.
+    Of the processes that don't find so themselves, those are told that are `told` of `STUCK`; all must come here.
 
     Args:
       why: what the line begins with.
       step: that this process is at.
       place: in the code, where its main thread is.
     """
-    words = _words("stuck", f"{step} {place}", AGREE)
-    which = _behind(words) if len(words) == _state().num_processes else _silent(words, AGREE)
+    tell_all(STUCK)
+    words = _words(STUCK, f"is at step {step} in {place}", AGREE)
+    which = "; ".join(_positions(words, _state().num_processes))
     _end(LostError(f"{why}: {which}; the same command goes on from the newest checkpoint"), LAST if is_first() else 0)
 
 
-def _behind(words: Mapping[int, str]) -> str:
-    """Returns which processes are at an earlier step than others, and where the first is, out of the words of all."""
-    steps = {number: int(word.partition(" ")[0]) for number, word in words.items()}
-    last = max(steps.values())
-    behind = [number for number, step in steps.items() if step < last]
-    first = behind[0] if behind else 0
-    place = words[first].partition(" ")[2]
-    if not behind:
-        return f"all {len(words)} processes are at step {last}, the first in {place}"
-    which = f"process {', '.join(map(str, behind))} of {len(words)}"
-    return f"{which} is behind, at step {steps[first]} of {last}, in {place}"
+def _positions(words: Mapping[int, str], count: int) -> list[str]:
+    """Returns where those of `count` processes are that say the same: the silent, those of fewer steps, of fewer."""
+    groups: dict[str, list[int]] = {}
+    for number in range(count):
+        groups.setdefault(words.get(number, f"has no word within {AGREE} s"), []).append(number)
+
+    def order(group: tuple[str, list[int]]) -> tuple[int, int]:
+        step = re.search(r"at step (\d+)", group[0])
+        return int(step[1]) if step else -1, len(group[1])
+
+    positions = [f"process {_names(numbers)} {word}" for word, numbers in sorted(groups.items(), key=order)]
+    return positions[:SHOWN]
+
+
+def _names(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:SHOWN]))
+    return f"{shown} and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else shown
 
 
 def _words(name: str, word: str, seconds: float) -> dict[int, str]:
@@ -160,12 +170,6 @@ def _words(name: str, word: str, seconds: float) -> dict[int, str]:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             words[number] = client.blocking_key_value_get(f"fot/{name}/{number}", left)
     return words
-
-
-def _silent(words: Mapping[int, str], seconds: float) -> str:
-    count = _state().num_processes
-    missing = ", ".join(str(number) for number in range(count) if number not in words)
-    return f"no word within {seconds:g} s from process {missing} of {count}"
 
 
 @final
@@ -224,22 +228,22 @@ def lost(error: BaseException) -> LostError | None:
     return LostError(f"{which} is gone ({_first_line(gone[0])})")
 
 
-def tell_all() -> None:
-    """Tells every process, this one too, that one of them is to be terminated."""
+def tell_all(notice: str) -> None:
+    """Tells every process, this one too, `TERMINATED` or `STUCK`."""
     if jax.distributed.is_initialized():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # then the first is gone, and the others end without
             for number in range(_state().num_processes):
-                _state().client.key_value_set(_NOTICE.format(number), "terminated", allow_overwrite=True)
+                _state().client.key_value_set(_NOTICE.format(notice, number), "so", allow_overwrite=True)
 
 
 @contextlib.contextmanager
-def told(call: Callable[[], None]) -> Iterator[None]:
-    """Calls `call`, in a thread, if during the block any process calls `tell_all`."""
+def told(notice: str, call: Callable[[], None]) -> Iterator[None]:
+    """Calls `call`, in a thread, if during the block any process tells all this notice."""
     if not jax.distributed.is_initialized():
         yield
         return
-    key = _NOTICE.format(_state().process_id)
-    thread = threading.Thread(target=_listen, args=(_state().client, key, call), name="fot-notice", daemon=True)
+    key = _NOTICE.format(notice, _state().process_id)
+    thread = threading.Thread(target=_listen, args=(_state().client, key, call), name=f"fot-{notice}", daemon=True)
     thread.start()
     try:
         yield
@@ -252,7 +256,7 @@ def told(call: Callable[[], None]) -> Iterator[None]:
 def _listen(client: Any, key: str, call: Callable[[], None]) -> None:
     while True:
         try:
-            if client.blocking_key_value_get(key, 3_600_000) == "terminated":
+            if client.blocking_key_value_get(key, 3_600_000) == "so":
                 call()
             return
         except jax.errors.JaxRuntimeError as error:

@@ -22,7 +22,7 @@ HANG_FILE = "hang.{}.txt"  # there too, with the number of the process
 SLOW = 10  # times the median
 LEAST = 10.0  # seconds; less is no hang, whatever the median
 STUCK = 2  # times that: what hangs so long won't go on
-UNKNOWN = 3600.0  # seconds after which it won't when nobody knows what is usual
+UNKNOWN = 4  # times the limit of a stretch: what may go by when nobody knows what is usual
 KNOWN, _KEPT = 3, 100  # stretches that a median needs, and is of at the most
 
 
@@ -99,7 +99,7 @@ class Ends(NamedTuple):
     """How a run that doesn't go on is ended.
 
     Attributes:
-      seconds: that a stretch of steps may take at least; 0 is any time.
+      seconds: that a stretch of steps may take at least, or four times those if nobody knows; 0 is any time.
       give_up: receives why, the step, and where in the code the main thread is; doesn't return.
     """
 
@@ -131,10 +131,10 @@ class Watch:
         log: receives a line.
         least: seconds without report.
         shown: what the line calls the file, if it is copied elsewhere; "" is its path.
-        ends: how the run is ended; None never does it.
+        ends: how the run is ended; None never does it by itself.
         """
         self._report, self._log, self._least, self._shown = report, log, least, shown or str(report)
-        self._ends = ends if ends and ends.seconds else None
+        self._ends, self._limit = ends, ends.seconds if ends else 0
         self._seconds: deque[float] = deque(maxlen=_KEPT)
         self._turn = threading.Condition()
         self._began, self._due, self._over = 0.0, math.inf, math.inf
@@ -167,13 +167,17 @@ class Watch:
         """Forgets the stretch: nobody knows how long what comes now takes."""
         self._set(None)
 
+    def give_up(self) -> None:
+        """Ends the run, as a thread may do at any time."""
+        self._ends.give_up(f"nothing has come for {time.monotonic() - self._began:.3g} s", self.step, _main_thread())
+
     def _set(self, slow: float | None) -> None:
         """Begins to wait for a report after so many seconds, None is never, and for an end."""
         with self._turn:
             self._began = time.monotonic()
             self._due = math.inf if slow is None else self._began + slow
-            last = UNKNOWN if slow is None else STUCK * slow
-            self._over = math.inf if self._ends is None else self._began + max(last, self._ends.seconds)
+            last = UNKNOWN * self._limit if slow is None else max(STUCK * slow, self._limit)
+            self._over = self._began + last if self._limit else math.inf
             self._turn.notify()
 
     def _watch(self) -> None:
@@ -182,7 +186,7 @@ class Watch:
                 now = time.monotonic()
                 if now >= self._over:
                     self._over = math.inf
-                    self._ends.give_up(f"nothing has come for {now - self._began:.3g} s", self.step, _main_thread())
+                    self.give_up()
                 if now >= self._due:
                     self._due = math.inf
                     self._tell()

@@ -43,12 +43,12 @@ class Termination:
         self._sent.setblocking(False)
         # The interpreter writes to the wakeup fd at once, wherever the main thread is; the handler does it again for
         # the moments when an event loop has put its own fd there.
-        self._handler = signal.signal(signal.SIGTERM, lambda *_: self._send(bytes([signal.SIGTERM])))
+        self._handler = signal.signal(signal.SIGTERM, self._notice)
         signal.siginterrupt(signal.SIGTERM, False)  # a write under way goes on
         self._wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="fot-termination", daemon=True).start()
         self._others = contextlib.ExitStack()
-        self._others.enter_context(distributed.told(lambda: self._send(bytes([signal.SIGTERM]))))
+        self._others.enter_context(distributed.told(distributed.TERMINATED, self._notice))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -98,9 +98,9 @@ class Termination:
         finally:
             self._enough = _always
 
-    def _send(self, data: bytes) -> None:
+    def _notice(self, *_: Any) -> None:
         with contextlib.suppress(OSError):  # full, so there is news enough
-            self._sent.send(data)
+            self._sent.send(bytes([signal.SIGTERM]))
 
     def _watch(self) -> None:
         with self._received:
@@ -108,7 +108,7 @@ class Termination:
                 if not numbers:
                     return
         self._requested.set()
-        distributed.tell_all()
+        distributed.tell_all(distributed.TERMINATED)
         with self._turn:
             code = 1
             try:

@@ -173,6 +173,7 @@ def _reports(
         shown = str(place.checkpoints.parent / hang)  # of a bucket, where the copy will be
         ends = Ends(config.train.stuck_seconds, distributed.give_up) if jax.process_count() > 1 else None
         watch = stack.enter_context(Watch(place.local / hang, log, shown=shown, ends=ends))
+        stack.enter_context(distributed.told(distributed.STUCK, watch.give_up))
         yield _Reports(place, writer, progress, log, trace, watch)
 
 

@@ -67,8 +67,8 @@ def test_settings_that_make_no_sense(changes, message):
 
 def test_a_process_alone_agrees_with_itself():
     assert distributed.agree("step", 7) == 7 and distributed.is_first()
-    distributed.tell_all()
-    with distributed.told(lambda: 1 / 0), distributed.joined():
+    distributed.tell_all(distributed.STUCK)
+    with distributed.told(distributed.STUCK, lambda: 1 / 0), distributed.joined():
         pass
 
 
@@ -97,7 +97,7 @@ time.sleep(float(sys.argv[1]) if number == int(sys.argv[2]) else 0)
 
 
 def main():
-    with distributed.joined(), distributed.told(told.set):
+    with distributed.joined(), distributed.told('news', told.set):
         assert not distributed.is_first() == bool(number)
         {body}
     print("over")
@@ -140,7 +140,8 @@ def ran(
 
 def test_they_agree_and_tell_each_other():
     body = (
-        "print(distributed.agree('step', 3 + number, 60))\nif number:\n    distributed.tell_all()\nassert told.wait(60)"
+        "print(distributed.agree('step', 3 + number, 60))\n"
+        "if number:\n    distributed.tell_all('news')\nassert told.wait(60)"
     )
     for code, out, errors in ran(body):
         assert (code, out) == (0, "4\nover\n"), errors
@@ -213,28 +214,37 @@ def test_who_gives_no_word_is_named_and_a_failure_ends_its_process_at_once():
     assert failed == (2, "", "error: no space\n")
 
 
-def test_who_holds_the_others_up_is_named_by_all():
-    # The second is behind, and so in the code that it tells. The third has no word for them.
+def test_who_holds_the_others_up_is_named_by_all_when_one_gives_up():
+    # All but the first hear of it; the last has no word for them.
     body = (
-        "distributed.AGREE = 3\nif number == 2: time.sleep(300)\n"
-        "threading.Thread(target=distributed.give_up, args=('stuck', 10 - 2 * number, 'fot/rows.py, line 7')).start()\n"
-        "time.sleep(300)"
+        "distributed.AGREE, place = 3, f'fot/rows.py, line {number}'\n"
+        "give_up = lambda: distributed.give_up('stuck', 10 - number, place) if number < 2 else time.sleep(300)\n"
+        "with distributed.told(distributed.STUCK, give_up):\n"
+        "    number or distributed.give_up('stuck', 10, place)\n    time.sleep(300)"
     )
-    silent = "error: stuck: no word within 3 s from process 2 of 3; the same command goes on from the newest checkpoint"
-    first, second, third = ran(body, (0, 1, 2), 3)
-    assert first[0] == second[0] == 42 and first[2].startswith(silent) and second[2].startswith(silent)
-    assert third[0] == -6, "JAX ends a process that has lost the first"
-    behind = "error: stuck: process 1 of 2 is behind, at step 8 of 10, in fot/rows.py, line 7; the same command"
+    line = (
+        "error: stuck: process {}1 is at step 9 in fot/rows.py, line 1; process 0 is at step 10 in fot/rows.py, line 0;"
+    )
     for code, _, errors in ran(body):
-        assert code == 42 and errors.startswith(behind)
+        assert code == 42 and errors.startswith(line.format("")), errors
+    first, second, third = ran(body, (0, 1, 2), 3)
+    for code, _, errors in (first, second):
+        assert code == 42 and errors.startswith(line.format("2 has no word within 3 s; process ")), errors
+    assert third[0] == -6, "JAX ends a process that has lost the first"
 
 
-def test_who_is_behind():
-    words = {0: "12 a, line 1", 1: "9 b, line 2", 2: "12 c, line 3", 3: "9 d, line 4"}
-    assert distributed._behind(words) == "process 1, 3 of 4 is behind, at step 9 of 12, in b, line 2"
-    assert distributed._behind({0: "12 a, line 1", 1: "12 b, line 2"}) == (
-        "all 2 processes are at step 12, the first in a, line 1"
-    )
+def test_positions_of_many_processes_are_in_one_line():
+    words = {number: "is at step 9 in a, line 1" for number in range(64)}
+    assert distributed._positions(words, 64) == ["process 0, 1, 2, 3 and 60 more is at step 9 in a, line 1"]
+    words |= {3: "is at step 10 in b, line 2", 7: "is at step 9 in b, line 2"}
+    assert distributed._positions(words, 66) == [
+        "process 64, 65 has no word within 15 s",
+        "process 7 is at step 9 in b, line 2",
+        "process 0, 1, 2, 4 and 58 more is at step 9 in a, line 1",
+        "process 3 is at step 10 in b, line 2",
+    ]
+    scattered = {number: f"is at step {number} in a, line 1" for number in range(64)}
+    assert len(distributed._positions(scattered, 64)) == distributed.SHOWN
 
 
 @pytest.mark.parametrize(

@@ -153,14 +153,16 @@ def kill_one_of_two_in_a_step(run: Run, draw: random.Random) -> None:
 
 def one_of_two_is_stuck(run: Run, draw: random.Random) -> None:
     number, step = draw.randrange(2), draw.randrange(profiling.KNOWN + 1, STEPS - LEAST)
-    with run.started(flags=["--config.train.stuck_seconds=1"]) as processes:
+    with run.started(flags=["--config.train.stuck_seconds=12"]) as processes:
         until(lambda: run.place.step(run.name) >= step, *processes)
         time.sleep(draw.uniform(0, 0.05))
         processes[number].send_signal(signal.SIGUSR1)
         ended = codes(processes)
-    assert ended[1 - number] == cli.RETRY and ended[number] in ENDED
-    [line] = [line for line in run.place.errors(run.name, 1 - number) if line.startswith("error:")]
-    assert f"process {number} of 2" in line and "goes on from the newest checkpoint" in line, line
+    said = [run.place.errors(run.name, each) for each in (0, 1)]
+    assert ended == [cli.RETRY] * 2, said
+    for line in (line for lines in said for line in lines if line.startswith("error:")):
+        assert line.startswith("error: nothing has come for ") and "from the newest checkpoint" in line, line
+        assert all(f"process {each} is at step " in line for each in (0, 1)), line
 
 
 def kill_in_a_save(run: Run, draw: random.Random) -> None:

@@ -95,8 +95,8 @@ class TrainConfig:
       keep_every: checkpoints at multiples of this step are kept for good; 0 is none.
       max_skipped: how many steps in a row may be skipped for non-finite gradients before the run stops.
       stuck_seconds: seconds without a new line of metrics after which several processes end, with 42, and say which
-        of them holds the others up; never sooner than 20 × the usual, nor, in compilations, evaluations and saves and
-        before it is known what is usual, than an hour. 0 is never, as with one process.
+        of them holds the others up: not before 20 × the usual, and after four times as many in compilations,
+        evaluations and saves, and before it is known what is usual. 0 is never, as with one process.
     """
 
     steps: int = 1000
