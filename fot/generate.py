@@ -162,11 +162,6 @@ class Flags:
     memory: str = ""
 
 
-def load(flags: Flags) -> ExperimentConfig:
-    """Returns the config of the trained model, see `trained.load_config`."""
-    return trained_model.load_config(flags.workdir)
-
-
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     lean.return_freed()
@@ -207,4 +202,4 @@ def _read(path: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, Flags, __doc__, load)
+    cli.run(main, Flags, __doc__, trained_model.config_named)

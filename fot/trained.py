@@ -47,6 +47,11 @@ def load_config(workdir: str | pathlib.Path) -> ExperimentConfig:
     return config
 
 
+def config_named(flags: Any) -> ExperimentConfig:
+    """Returns `load_config` of a command's flag `workdir`."""
+    return load_config(flags.workdir)
+
+
 def inherit(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a run's config values, not validated yet, with what they leave out as `train.init_from` has it.
 

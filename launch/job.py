@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from fot import bucket
 from fot.config import ExperimentConfig, accelerators, mesh
 from fot.config.accelerators import Slice
 from fot.errors import UserError
@@ -16,7 +17,6 @@ LOST = 137  # exit code of a job that is gone without one
 # In the place of a job's exit code: it waits or runs; there is no such job.
 UNDER_WAY, ABSENT = -1, -2
 GRACE = 30  # seconds between SIGTERM and SIGKILL
-BUCKET = "gs://"
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", re.DOTALL)
@@ -63,9 +63,9 @@ class Job:
         return self.slice.hosts * self.slices
 
     @property
-    def bucket(self) -> bool:
+    def in_bucket(self) -> bool:
         """Whether the workdir is in a bucket."""
-        return self.workdir.startswith(BUCKET)
+        return bucket.is_bucket(self.workdir)
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ def check(job: Job, config: ExperimentConfig, devices: int) -> None:
         raise UserError(f"--slices={job.slices} must be 1 or more")
     if job.retries < 0:
         raise UserError(f"--retries={job.retries} must be 0 or more")
-    if job.workdir.startswith(BUCKET) and not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/.*)?", job.workdir):
+    if job.in_bucket and not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/.*)?", job.workdir):
         raise UserError(f"--workdir={job.workdir} must read gs://bucket/folder")
     if devices:
         try:
@@ -128,9 +128,19 @@ def check_slice(job: Job) -> Slice:
         raise UserError(f"--{error}".replace("--topology ", "--topology=", 1)) from None
 
 
+def check_no_cloud(job: Job, who: str, flags: str) -> None:
+    """Raises UserError if the job asks for what clouds alone have, of a backend, and names the flags it takes."""
+    if job.topology:
+        raise UserError(f"--topology={job.topology} is for clouds' TPUs: {who} takes {flags}")
+    if job.slices != 1:
+        raise UserError(f"--slices={job.slices} is for clouds' TPUs: {who} takes {flags}")
+    if job.image:
+        raise UserError(f"--image={job.image}: {who} runs no containers; name the interpreter by --python")
+
+
 def check_bucket(job: Job) -> None:
     """Raises UserError if the workdir is not in a bucket, where machines of a cloud can reach it."""
-    if not job.bucket:
+    if not job.in_bucket:
         raise UserError(f"--workdir={job.workdir} is a folder of this machine: name a bucket, gs://bucket/folder")
 
 

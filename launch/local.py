@@ -22,7 +22,7 @@ from fot import files
 from fot.errors import UserError
 from launch import record, shell, signals
 from launch.group import Command, Group
-from launch.job import GRACE, RESTARTS, RETRY, Job
+from launch.job import GRACE, RESTARTS, RETRY, Job, check_no_cloud
 
 TOOLS = ()
 PYTHON = sys.executable
@@ -44,13 +44,8 @@ class Place:
 
 def check(job: Job, place: Place) -> int:
     """Returns the devices of the job; raises UserError, one line naming the flag, if this machine can't run it."""
-    if job.topology:
-        raise UserError(f"--topology={job.topology} is for clouds' TPUs: local takes --processes and --devices")
-    if job.slices != 1:
-        raise UserError(f"--slices={job.slices} is for clouds' TPUs: local takes --processes")
-    if job.image:
-        raise UserError(f"--image={job.image}: local runs no containers; name the interpreter by --python")
-    if job.bucket:
+    check_no_cloud(job, "local", "--processes and --devices")
+    if job.in_bucket:
         raise UserError(f"--workdir={job.workdir} is a bucket: local takes a folder of this machine")
     if not 1 <= place.processes <= MOST or place.devices < 1:
         raise UserError(

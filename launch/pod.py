@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from fot import cli
+from fot import bucket, cli
 from fot.config import ExperimentConfig
 from fot.config.checks import nearest
 from fot.errors import UserError
@@ -173,7 +173,7 @@ def _run(argv: Sequence[str]) -> int:
     if command.flags.dry_run:
         print(backend.plan(job, place), end="")
         return 0
-    shell.need(("gcloud", *backend.TOOLS) if job.bucket else backend.TOOLS, REMEDIES)
+    shell.need(("gcloud", *backend.TOOLS) if job.in_bucket else backend.TOOLS, REMEDIES)
     for note in notes(job, command.config):
         print(f"note: {note}")
     if command.flags.check:
@@ -198,7 +198,7 @@ def _word(word: str, argv: Sequence[str]) -> int:
         hint = nearest(word, WORDS) or f"; choose from {', '.join(WORDS)}, or none to launch"
         raise UserError(f"unknown word {word!r}{hint}")
     flags = cli.parse_flags(argv, LogFlags if word == "logs" else WordFlags, __doc__)
-    if flags.workdir.startswith(jobs.BUCKET):
+    if bucket.is_bucket(flags.workdir):
         shell.need(("gcloud",), REMEDIES)
     backend, job, place = stored(flags.workdir)
     shell.need(backend.TOOLS, REMEDIES)
@@ -230,7 +230,7 @@ def description(command: cli.Command) -> tuple[Job, Any]:
         name=flags.name or jobs.default_name(workdir),
         config=os.path.relpath(file) if os.path.isabs(file) else file,
         overrides=command.overrides,
-        workdir=workdir if workdir.startswith(jobs.BUCKET) else os.path.expanduser(workdir),
+        workdir=workdir if bucket.is_bucket(workdir) else os.path.expanduser(workdir),
         topology=flags.topology,
         slices=flags.slices,
         image=flags.image,

@@ -9,10 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fot import files
+from fot import bucket, files
 from fot.errors import UserError
 from launch import shell
-from launch.job import BUCKET
 
 FOLDER = "launch"  # in the workdir
 LIMIT = 50 * 2**20  # bytes of files that git neither tracks nor ignores
@@ -123,7 +122,7 @@ def _add(workdir: str, **fields: Any) -> None:
 def _read(workdir: str) -> str:
     """Returns the file of the newest launch, "" if there is none."""
     path = _path(workdir, "job.json")
-    if workdir.startswith(BUCKET):
+    if bucket.is_bucket(workdir):
         done = shell.run(["gcloud", "storage", "cat", path], ANSWER)
         if done.code and not any(words in done.err for words in ABSENT):
             raise UserError(f"can't read {path} ({done.reason}): look at the network, or log in by gcloud")
@@ -138,7 +137,7 @@ def _read(workdir: str) -> str:
 
 def _write(workdir: str, name: str, text: str) -> None:
     path = _path(workdir, name)
-    if workdir.startswith(BUCKET):
+    if bucket.is_bucket(workdir):
         done = shell.run(["gcloud", "storage", "cp", "-", path], ANSWER, text)
         if done.code:
             raise UserError(
@@ -150,7 +149,7 @@ def _write(workdir: str, name: str, text: str) -> None:
 
 
 def _path(workdir: str, name: str) -> str:
-    folder = workdir if workdir.startswith(BUCKET) else os.path.expanduser(workdir)
+    folder = workdir if bucket.is_bucket(workdir) else os.path.expanduser(workdir)
     return f"{folder.rstrip('/')}/{FOLDER}/{name}"
 
 

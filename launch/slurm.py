@@ -13,7 +13,7 @@ from collections.abc import Callable
 from fot import files
 from fot.errors import UserError
 from launch import attend, shell
-from launch.job import ABSENT, RESTARTS, UNDER_WAY, Job
+from launch.job import ABSENT, RESTARTS, UNDER_WAY, Job, check_no_cloud
 
 TOOLS = ("sbatch",)
 PYTHON = ".venv/bin/python"
@@ -37,12 +37,7 @@ class Place:
 
 def check(job: Job, place: Place) -> int:
     """Returns the devices of the job, 0 if unknown; raises UserError, one line naming the flag, if it can't run."""
-    if job.topology:
-        raise UserError(f"--topology={job.topology} is for clouds' TPUs: Slurm takes --nodes and --gpus")
-    if job.slices != 1:
-        raise UserError(f"--slices={job.slices} is for clouds' TPUs: Slurm takes --nodes")
-    if job.image:
-        raise UserError(f"--image={job.image}: the script runs no containers; name the interpreter by --python")
+    check_no_cloud(job, "Slurm", "--nodes and --gpus")
     if place.nodes < 1 or place.gpus < 0:
         raise UserError(f"--nodes={place.nodes} must be 1 or more and --gpus={place.gpus} 0 or more")
     if not re.fullmatch(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", place.time):
@@ -131,7 +126,7 @@ exit "$code"
 
 def folder(job: Job) -> pathlib.Path:
     """Returns where script and logs of the job lie: in its workdir, or beside the source if that is a bucket."""
-    return pathlib.Path("slurm", job.name) if job.bucket else pathlib.Path(job.workdir).expanduser() / "launch"
+    return pathlib.Path("slurm", job.name) if job.in_bucket else pathlib.Path(job.workdir).expanduser() / "launch"
 
 
 def submit(job: Job, place: Place, keep: bool, begin: Callable[[], None] = lambda: None) -> int:

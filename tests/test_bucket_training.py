@@ -175,7 +175,7 @@ def test_a_run_that_is_done_says_so_and_a_longer_one_goes_on(place, killed):
 
 def test_it_is_evaluated_where_it_lies(place, killed, capsys):
     flags = perplexity.Flags(workdir=killed)
-    perplexity.main(perplexity.load(flags), flags)
+    perplexity.main(trained.config_named(flags), flags)
     assert f"written to {killed}/perplexity.json and {killed}/perplexity.png" in capsys.readouterr().out
     content = place.server.objects[BUCKET, "killed/perplexity.json"].content
     (place.folder / "perplexity.json").write_bytes(content)
@@ -187,7 +187,7 @@ def test_it_is_evaluated_where_it_lies(place, killed, capsys):
 @pytest.mark.slow
 def test_generation_export_and_fine_tuning_read_it(place, killed, tmp_path, capsys):
     flags = generate.Flags(workdir=killed, prompt="alpha ")
-    config = generate.load(flags)
+    config = trained.config_named(flags)
     assert config.data.tokenizer_file == f"{killed}/tokenizer/tokenizer.model"
     generate.main(config, flags)
     assert len(capsys.readouterr().out) > 10

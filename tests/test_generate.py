@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fot import cli, generate, incremental
+from fot import cli, generate, incremental, trained
 from fot.errors import UserError
 from tests.generating import TINY, drawn, one_device, prompts_of, tiny_config_of
 
@@ -76,7 +76,7 @@ def test_the_memory_grows_when_it_has_to(mesh, tiny):
 
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.run(generate.main, generate.Flags, generate.__doc__, generate.load, words)
+        cli.run(generate.main, generate.Flags, generate.__doc__, trained.config_named, words)
     return caught.value.code
 
 

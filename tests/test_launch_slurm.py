@@ -146,7 +146,7 @@ def test_refusals(calls):
     [
         ({"topology": "v4:4x4x4"}, {}, "--topology=v4:4x4x4 is for clouds' TPUs: Slurm takes --nodes and --gpus"),
         ({"slices": 2}, {}, "--slices=2 is for clouds' TPUs"),
-        ({"image": "a"}, {}, "--image=a: the script runs no containers"),
+        ({"image": "a"}, {}, "--image=a: Slurm runs no containers"),
         ({}, {"nodes": 0}, "--nodes=0 must be 1 or more"),
         ({}, {"time": "soon"}, "--time=soon must read minutes"),
     ],

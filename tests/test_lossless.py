@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from fot import cli, files, metrics, train
+from fot import cli, files, metrics, train, trained
 from fot.errors import UserError
 from fot.evaluate import perplexity
 from tests.trainings import Place, place_in, state_of, timeless, until
@@ -130,7 +130,7 @@ def test_a_workdir_in_use_can_be_evaluated(place):
     flags = perplexity.Flags(workdir=str(place.folder / "whole"))
     before = place.saves("whole")
     with files.hold(place.folder / "whole"):
-        perplexity.main(perplexity.load(flags), flags)
+        perplexity.main(trained.config_named(flags), flags)
     assert (place.folder / "whole" / "perplexity.json").exists() and place.saves("whole") == before
     for name in ("perplexity.json", "perplexity.png"):
         (place.folder / "whole" / name).unlink()

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from fot import cli
+from fot import cli, trained
 from fot.config.checks import nearest
 from fot.errors import UserError
 from fot.evaluate import dictionary, distraction, passkey, perplexity, retrieval
 
-# Each module has `Flags`, `main(config, flags)` and `load(flags)`, as `fot.cli.run` takes them.
+# Each module has `Flags`, `workdir` among them, and `main(config, flags)`, as `fot.cli.run` takes them.
 EVALUATIONS: dict[str, ModuleType] = {
     "perplexity": perplexity,
     "dictionary": dictionary,
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> NoReturn:
     if name not in EVALUATIONS:
         sys.exit(cli.exit_code(lambda: unknown(name)))
     module = EVALUATIONS[name]
-    cli.run(module.main, module.Flags, module.__doc__, module.load, rest)
+    cli.run(module.main, module.Flags, module.__doc__, trained.config_named, rest)
 
 
 def usage() -> str:

@@ -266,11 +266,6 @@ class Flags:
     output: str = ""
 
 
-def load(flags: Flags) -> ExperimentConfig:
-    """Returns the config of the trained model, see `trained.load_config`."""
-    return trained_model.load_config(flags.workdir)
-
-
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     tasks.check_split(flags.split)

@@ -132,11 +132,6 @@ class Flags:
     output: str = ""
 
 
-def load(flags: Flags) -> ExperimentConfig:
-    """Returns the config of the trained model, see `trained.load_config`."""
-    return trained_model.load_config(flags.workdir)
-
-
 def main(config: ExperimentConfig, flags: Flags) -> None:
     """Runs the command line."""
     config = dataclasses.replace(config, evaluate=_settings(config.evaluate, flags))
