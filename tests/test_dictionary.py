@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import metrics, train
 from fot.config import (
@@ -18,10 +16,11 @@ from fot.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from fot.data import corpus, dictionary, loader, mixture, rows, tasks
+from fot.data import corpus, dictionary, mixture, rows, tasks
 from fot.data import endless as endless_documents
 from fot.data.endless import Endless
 from fot.errors import ConfigError, DataError
+from tests.hosts import check_that_hosts_read_alike
 
 SETTINGS = {
     "paper": dict(),
@@ -214,26 +213,7 @@ def test_confusable_keys_differ_in_one_token_from_those_of_each_neighbour():
 
 def test_each_host_reads_its_own_packs_alike(monkeypatch):
     config = experiment(packs=8, confusable=0.3, records=(4, 0), records_steps=(2,))
-    documents = corpus.load(config, "train").corpus
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("rows",)), PartitionSpec("rows"))
-
-    def read(mine, position, steps):
-        monkeypatch.setattr(loader, "host_rows", lambda config, sharding: mine)
-        monkeypatch.setattr(loader, "global_batch", lambda batch, sharding, rows: batch)
-        with loader.Loader(documents, config, position, sharding, 2) as batches:
-            return [next(batches) for _ in range(steps)]
-
-    whole = read(list(range(16)), rows.start(config), 4)
-    for hosts in (2, 4):
-        for host in range(hosts):
-            mine = list(range(host * 16 // hosts, (host + 1) * 16 // hosts))
-            # The second half after an interruption.
-            parts = read(mine, rows.start(config), 2)
-            parts += read(mine, rows.position_from_dict(parts[-1].position.to_dict()), 2)
-            for one, all_rows in zip(parts, whole, strict=True):
-                assert one.position == all_rows.position
-                for left, right in zip(one.batch, all_rows.batch, strict=True):
-                    np.testing.assert_array_equal(left, right[mine])
+    check_that_hosts_read_alike(config, 16, monkeypatch)
 
 
 def test_the_vocabulary_writes_and_reads_tokens():

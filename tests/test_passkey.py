@@ -3,10 +3,8 @@
 import dataclasses
 import re
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot import metrics, train
 from fot.config import (
@@ -19,10 +17,11 @@ from fot.config import (
     PasskeyConfig,
     TrainConfig,
 )
-from fot.data import corpus, loader, mixture, passkey, rows, tasks, tokenizer
+from fot.data import corpus, mixture, passkey, rows, tasks, tokenizer
 from fot.data import endless as endless_documents
 from fot.data.endless import Endless
 from fot.errors import ConfigError, DataError
+from tests.hosts import check_that_hosts_read_alike
 
 SETTINGS = {
     "one length": dict(),
@@ -203,27 +202,7 @@ def test_texts_grow_and_keys_become_rare_by_steps():
 
 
 def test_each_host_reads_its_own_packs_alike(monkeypatch):
-    config = experiment(packs=8, **SETTINGS["phases"])
-    documents = corpus.load(config, "train").corpus
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("rows",)), PartitionSpec("rows"))
-
-    def read(mine, position, steps):
-        monkeypatch.setattr(loader, "host_rows", lambda config, sharding: mine)
-        monkeypatch.setattr(loader, "global_batch", lambda batch, sharding, rows: batch)
-        with loader.Loader(documents, config, position, sharding, 2) as batches:
-            return [next(batches) for _ in range(steps)]
-
-    whole = read(list(range(32)), rows.start(config), 4)
-    for hosts in (2, 4):
-        for host in range(hosts):
-            mine = list(range(host * 32 // hosts, (host + 1) * 32 // hosts))
-            # The second half after an interruption.
-            parts = read(mine, rows.start(config), 2)
-            parts += read(mine, rows.position_from_dict(parts[-1].position.to_dict()), 2)
-            for one, all_rows in zip(parts, whole, strict=True):
-                assert one.position == all_rows.position
-                for left, right in zip(one.batch, all_rows.batch, strict=True):
-                    np.testing.assert_array_equal(left, right[mine])
+    check_that_hosts_read_alike(experiment(packs=8, **SETTINGS["phases"]), 32, monkeypatch)
 
 
 def test_the_vocabulary_writes_and_reads_every_text():
