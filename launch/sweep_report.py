@@ -1,13 +1,12 @@
 """What a sweep has found: a table, two pictures, and the best trial's config file."""
 
-import io
 import math
 import pathlib
 import pprint
 from collections.abc import Sequence
 from typing import Any, final
 
-from fot import cli, files
+from fot import cli, files, picture
 from launch.trials import Trial
 
 REMEDY = "free disk space"
@@ -32,8 +31,8 @@ def write(folder: pathlib.Path, found: Sequence[Trial], kept: dict[str, Any]) ->
     complete = [trial for trial in ordered if trial.state == "COMPLETE"]
     if not complete:
         return f"{shown}no trial is complete yet\n"
-    _write(folder / "parameters.png", parameters(ordered, kept["metric"]))
-    _write(folder / "coordinates.png", coordinates(complete, kept["metric"]))
+    parameters(ordered, kept["metric"], folder / "parameters.png")
+    coordinates(complete, kept["metric"], folder / "coordinates.png")
     _write(folder / "best.py", best(complete[0], kept).encode())
     return f"{shown}best config: {folder}/best.py; pictures: {folder}/parameters.png, {folder}/coordinates.png\n"
 
@@ -94,32 +93,34 @@ def get_config() -> ml_collections.ConfigDict:
 '''
 
 
-def parameters(ordered: Sequence[Trial], metric: str) -> bytes:
-    """Returns a PNG: the metric by each field."""
+def parameters(ordered: Sequence[Trial], metric: str, path: pathlib.Path) -> None:
+    """Writes a PNG: the metric by each field."""
     names = _names(ordered)
     shown = [trial for trial in ordered if trial.state in ("COMPLETE", "PRUNED") and math.isfinite(trial.value)]
-    figure = _figure(max(4.0 * len(names), 5.0), 3.6)
-    for column, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), column + 1)
-        scale = _Scale(name, shown)
-        for state, colour in (("COMPLETE", BLUE), ("PRUNED", GREY)):
-            of = [trial for trial in shown if trial.state == state]
-            axes.scatter([scale.place(trial) for trial in of], [trial.value for trial in of], color=colour, s=22)
-        axes.set_xticks(scale.ticks, scale.labels)
-        axes.set_xlabel(name)
-        axes.set_ylabel(metric if column == 0 else "")
-        _tidy(axes)
-    return _png(figure)
+    with picture.drawing(path, max(4.0 * len(names), 5.0), 3.6, REMEDY) as figure:
+        for column, name in enumerate(names):
+            axes = figure.add_subplot(1, len(names), column + 1)
+            scale = _Scale(name, shown)
+            for state, colour in (("COMPLETE", BLUE), ("PRUNED", GREY)):
+                of = [trial for trial in shown if trial.state == state]
+                axes.scatter([scale.place(trial) for trial in of], [trial.value for trial in of], color=colour, s=22)
+            axes.set_xticks(scale.ticks, scale.labels)
+            axes.set_xlabel(name)
+            axes.set_ylabel(metric if column == 0 else "")
+            picture.tidy(axes, legend="")
 
 
-def coordinates(complete: Sequence[Trial], metric: str) -> bytes:
-    """Returns a PNG: a line a trial through its fields to its metric; the best, which comes first, stands out."""
+def coordinates(complete: Sequence[Trial], metric: str, path: pathlib.Path) -> None:
+    """Writes a PNG: a line a trial through its fields to its metric; the best, which comes first, stands out."""
     names = _names(complete)
+    with picture.drawing(path, max(2.2 * (len(names) + 1), 5.0), 4.0, REMEDY) as figure:
+        _draw_coordinates(figure.add_subplot(), names, complete, metric)
+
+
+def _draw_coordinates(axes: Any, names: Sequence[str], complete: Sequence[Trial], metric: str) -> None:
     scales = [_Scale(name, complete) for name in names]
     values = [trial.value for trial in complete]
     low, high = min(values), max(values)
-    figure = _figure(max(2.2 * (len(names) + 1), 5.0), 4.0)
-    axes = figure.add_subplot()
     for number, trial in reversed(list(enumerate(complete))):
         heights = [scale.height(trial) for scale in scales] + [(trial.value - low) / ((high - low) or 1.0)]
         look = {"color": ORANGE, "linewidth": 2.4} if number == 0 else {"color": BLUE, "alpha": 0.35}
@@ -133,7 +134,6 @@ def coordinates(complete: Sequence[Trial], metric: str) -> bytes:
     axes.set_yticks([])
     axes.grid(axis="x", color=GREY)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    return _png(figure)
 
 
 @final
@@ -189,27 +189,6 @@ def _number(text: str) -> float | None:
 
 def _names(found: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(name for trial in found for name in trial.overrides))
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ FLOORS = (
     ("checksum", "errors", "rollcall"),
     ("bucket",),
     ("config", "files"),
-    ("cli", "device", "lease"),
+    ("cli", "device", "lease", "picture"),
     ("distributed",),
     ("sharding", "attention", "batch", "flops", "lean", "metrics", "profiling", "termination"),
     ("memory", "crossbatch", "layers"),
@@ -114,7 +114,7 @@ def test_libraries_stay_with_their_owners(path):
 
 
 # Neither takes JAX: a config is read, and a job launched, where there may be none. launch/ is a command besides.
-MAY_IMPORT = {"configs": {"config"}, "launch": {"bucket", "config", "cli", "errors", "files", "metrics"}}
+MAY_IMPORT = {"configs": {"config"}, "launch": {"bucket", "config", "cli", "errors", "files", "metrics", "picture"}}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)

@@ -8,14 +8,13 @@ from typing import Any, final
 
 import numpy as np
 
-from fot import files
+from fot import files, picture
 from fot.config import CrossbatchConfig, ExperimentConfig
 from fot.errors import UserError
-from fot.evaluate import picture, text
+from fot.evaluate import text
 
 JSON_FILE, PLOT_FILE = "distraction.json", "distraction.png"
 _REMEDY = "choose a folder that can be written"
-_COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#475569")
 
 
 @final
@@ -159,7 +158,7 @@ def draw(axes: Any, results: Mapping[str, Masses]) -> None:
     """Draws the picture of `plot` on matplotlib axes."""
     counts = _counts(results)
     for place, (label, each) in enumerate(results.items()):
-        color = _COLORS[place % len(_COLORS)]
+        color = picture.COLORS[place % len(picture.COLORS)]
         heads = np.reshape(each.masses, (len(each.contexts), -1))
         axes.plot(each.contexts, heads, color=color, linewidth=0.8, alpha=0.25)
         axes.plot(each.contexts, each.means, color=color, marker="o", markersize=4, label=label)

@@ -9,8 +9,8 @@ from typing import Any, final
 
 import numpy as np
 
-from fot import files
-from fot.evaluate import picture, sizes, text
+from fot import files, picture
+from fot.evaluate import sizes, text
 
 JSON_FILE, PLOT_FILE = "passkey.json", "passkey.png"
 KEPT_WRONG = 4  # wrong answers of a cell that are written down

@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, final
 
-from fot import files
+from fot import files, picture
 from fot.config import MEMORY_MODES, READER_NAMES
 from fot.errors import UserError
-from fot.evaluate import picture, text
+from fot.evaluate import text
 
 JSON_FILE, PLOT_FILE = "perplexity.json", "perplexity.png"
 _REMEDY = "choose a folder that can be written"
@@ -210,7 +210,6 @@ def _range(part: Bin, number: Any) -> str:
     return f"from {number(part.start)}" if part.stop is None else f"{number(part.start)}-{number(part.stop - 1)}"
 
 
-_COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#475569")
 _MODE_LINES = {"single_doc": "-", "multi_doc": "--"}
 _READER_MARKERS = dict(zip(READER_NAMES, itertools.cycle("os^vDP*Xd<>")))  # noqa: B905
 
@@ -280,7 +279,7 @@ def _plot_positions(axes: Any, results: Mapping[str, Results]) -> None:
 
 
 def _colored(results: Mapping[str, Results]) -> list[tuple[str, Results, str]]:
-    return [(label, each, _COLORS[i % len(_COLORS)]) for i, (label, each) in enumerate(results.items())]
+    return [(label, each, picture.COLORS[i % len(picture.COLORS)]) for i, (label, each) in enumerate(results.items())]
 
 
 def _short(number: int) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from fot import bucket, files
 
+COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#475569")
+
 
 @contextlib.contextmanager
 def drawing(path: str | pathlib.Path, width: float, height: float, remedy: str) -> Iterator[Any]:
@@ -33,8 +35,9 @@ def drawing(path: str | pathlib.Path, width: float, height: float, remedy: str) 
 
 
 def tidy(axes: Any, legend: str = "best") -> None:
-    """Gives matplotlib axes a faint grid, two spines, and a legend at that place."""
+    """Gives matplotlib axes a faint grid, two spines, and a legend at that place, or with "" none."""
     axes.grid(color="#e2e8f0", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc=legend)
+    if legend:
+        axes.legend(frameon=False, fontsize=9, loc=legend)
