@@ -207,10 +207,12 @@ class Watch:
 
 
 def _main_thread() -> str:
-    """Returns where in this package the main thread is."""
+    """Returns where in this package the main thread is, and in what it has called."""
     package = pathlib.Path(__file__).parent
-    for frame, line in traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]):
-        path = pathlib.Path(frame.f_code.co_filename)
-        if package in path.parents:
-            return f"{path.relative_to(package.parent)}, line {line}"
-    return "other code"
+    stack = traceback.walk_stack(sys._current_frames()[threading.main_thread().ident])  # the innermost first
+    places = [(pathlib.Path(frame.f_code.co_filename), line) for frame, line in stack]
+    own = [f"{path.relative_to(package.parent)}, line {line}" for path, line in places if package in path.parents]
+    path, line = places[0]
+    if package in path.parents:
+        return own[0]
+    return f"{own[0] if own else 'other code'} ({path.name}, line {line})"

@@ -162,7 +162,7 @@ def one_of_two_is_stuck(run: Run, draw: random.Random) -> None:
     assert ended == [cli.RETRY] * 2, said
     for line in (line for lines in said for line in lines if line.startswith("error:")):
         assert line.startswith("error: nothing has come for ") and "from the newest checkpoint" in line, line
-        assert all(f"process {each} is at step " in line for each in (0, 1)), line
+        assert all(f"process {each} is at step " in line for each in (0, 1)), line  # in different places
 
 
 def kill_in_a_save(run: Run, draw: random.Random) -> None:

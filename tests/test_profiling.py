@@ -149,7 +149,7 @@ def test_what_hangs_for_longer_is_ended_once(tmp_path):
     calls, lines = ended(tmp_path, seconds=0.4, least=0.1, stretches=profiling.KNOWN)
     [(why, step, place)] = calls
     assert why.startswith("nothing has come for 0.4") and step == profiling.KNOWN - 1
-    assert place == "other code"  # the main thread is in this test
+    assert re.fullmatch(r"other code \(threading\.py, line \d+\)", place)  # the main thread is in this test, not fot
     assert len(lines) == 1 and "hanging?" in lines[0]  # reported before
 
 
@@ -166,7 +166,7 @@ def test_what_takes_an_unknown_time_is_ended_later(tmp_path):
     assert why.startswith("nothing has come for 0.4") and step == 0 and not lines
 
 
-def test_a_place_is_in_this_package_even_if_its_code_waits_in_other_code(tmp_path):
+def test_a_place_is_in_this_package_and_in_what_it_has_called(tmp_path):
     calls = []
     termination = Termination()
     with Watch(tmp_path / "hang.txt", print, least=0.0, ends=Ends(0.1, lambda *call: calls.append(call))) as watch:
@@ -177,4 +177,4 @@ def test_a_place_is_in_this_package_even_if_its_code_waits_in_other_code(tmp_pat
         with termination.deferred():
             termination.go_on(lambda: calls, 0.5)
     [(_, _, place)] = calls
-    assert re.fullmatch(r"fot/termination\.py, line \d+", place)
+    assert re.fullmatch(r"fot/termination\.py, line \d+ \(threading\.py, line \d+\)", place)
