@@ -137,7 +137,7 @@ def named(attributes: str, attribute: str) -> list[str]:
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
     """Returns how often a `while` runs its body, None if the text doesn't tell.
 
-    The compiler says it, or the condition is `i < limit` with a constant limit and JAX's loops count up by one.
+    The compiler says it, or the condition is `i < limit` of integers, the limit constant: JAX's loops count up by one.
     """
     said = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if said:
@@ -145,7 +145,8 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     name = named(loop.attributes, "condition")[0]
     condition = program.computations[name]
     root = condition[program.roots[name]]
-    if root.opcode != "compare" or "direction=LT" not in root.attributes:
+    whole = root.opcode == "compare" and all(condition[name].shape[0] in "su" for name in root.operands)
+    if not whole or "direction=LT" not in root.attributes:
         return None
     start, limit = (_carried(computation, loop, condition, operand) for operand in root.operands)
     return None if limit is None else max(limit - (start or 0), 0)
