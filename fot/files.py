@@ -4,13 +4,14 @@ import contextlib
 import fcntl
 import glob
 import io
+import json
 import os
 import pathlib
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from fot import bucket
 from fot.errors import UserError
@@ -47,6 +48,12 @@ def write(path: pathlib.Path, fill: Callable[[BinaryIO], object], remedy: str) -
                 raise
     except OSError as error:
         raise UserError(f"can't write {path} ({error.strerror}): {remedy}") from None
+
+
+def write_json(path: pathlib.Path, values: Any, remedy: str) -> None:
+    """Writes values as JSON, like `write`; ValueError if one is no finite number."""
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write(path, lambda file: file.write(text.encode()), remedy)
 
 
 @contextlib.contextmanager

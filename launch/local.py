@@ -156,9 +156,8 @@ class _Run:
 
     def _keep(self, how: str, pids: list[int], over: bool = False) -> None:
         here = {"launcher": os.getpid(), "host": socket.gethostname(), "processes": pids}
-        text = json.dumps({"how": how, "over": over, **here})
         path = folder(self._job) / STATE
-        files.write(path, lambda file: file.write(text.encode()), "choose another --workdir")
+        files.write_json(path, {"how": how, "over": over, **here}, "choose another --workdir")
 
 
 def folder(job: Job) -> pathlib.Path:

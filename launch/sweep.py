@@ -166,8 +166,7 @@ def _keep(made: Plan, file: str) -> None:
         raise UserError(f"--workdir={made.workdir} has another sweep ({kept['study']}): choose another")
     sweep = made.sweep
     values = {"study": made.name, "file": file, "base": sweep.base, "fixed": made.fixed}
-    text = json.dumps({**values, "metric": sweep.metric, "goal": sweep.goal}, indent=2) + "\n"
-    files.write(path, lambda opened: opened.write(text.encode()), "choose another --workdir")
+    files.write_json(path, {**values, "metric": sweep.metric, "goal": sweep.goal}, "choose another --workdir")
 
 
 def _kept(workdir: pathlib.Path) -> dict:

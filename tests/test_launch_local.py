@@ -168,7 +168,7 @@ def test_an_interrupt_ends_all(play, number):
 
 def test_who_ignores_an_interrupt_is_killed(play):
     tiny = play("stuck,wait")
-    with launched(tiny, grace=0.5) as process:
+    with launched(tiny, grace=2.0) as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # whose user is impatient

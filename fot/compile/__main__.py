@@ -13,7 +13,6 @@ Times are a bound and the compiler's own estimate, never measured. Exit codes: 0
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -133,8 +132,7 @@ def _shown(examine: Any, config: ExperimentConfig) -> Report:
 
 
 def _write(path: pathlib.Path, rows: list[Row]) -> None:
-    text = json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n"
-    files.write(path, lambda file: file.write(text.encode()), "choose another --output")
+    files.write_json(path, [dataclasses.asdict(row) for row in rows], "choose another --output")
     print(f"reports in {path}")
 
 

@@ -1,7 +1,6 @@
 """What `fot.evaluate.dictionary` found: points, their JSON, table and plot."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -86,8 +85,7 @@ def line(label: str, found: Point) -> str:
 
 def save(curves: Sequence[Curve], about: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Writes `dictionary.json` at once, with the values of `about` (JSON) before the curves; returns its path."""
-    text = json.dumps({**about, "curves": [dataclasses.asdict(curve) for curve in curves]}, indent=1, allow_nan=False)
-    files.write(folder / JSON_FILE, lambda file: file.write(text.encode()), _REMEDY)
+    files.write_json(folder / JSON_FILE, {**about, "curves": [dataclasses.asdict(curve) for curve in curves]}, _REMEDY)
     return folder / JSON_FILE
 
 

@@ -76,8 +76,7 @@ def save(
         {"label": label, **about[label], **dataclasses.asdict(each), "means": each.means}
         for label, each in results.items()
     ]
-    content = json.dumps({"split": split, "models": models}, indent=1, allow_nan=False)
-    files.write(folder / JSON_FILE, lambda file: file.write(content.encode()), _REMEDY)
+    files.write_json(folder / JSON_FILE, {"split": split, "models": models}, _REMEDY)
     return folder / JSON_FILE
 
 

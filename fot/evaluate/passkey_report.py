@@ -1,7 +1,6 @@
 """What `fot.evaluate.passkey` found: cells, their JSON, table and heat map."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -69,8 +68,7 @@ def line(found: Cell) -> str:
 
 def save(cells: Sequence[Cell], about: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Writes `passkey.json` at once, with the values of `about` (JSON) before the cells; returns its path."""
-    words = json.dumps({**about, "cells": [dataclasses.asdict(each) for each in cells]}, indent=1, allow_nan=False)
-    files.write(folder / JSON_FILE, lambda file: file.write(words.encode()), _REMEDY)
+    files.write_json(folder / JSON_FILE, {**about, "cells": [dataclasses.asdict(each) for each in cells]}, _REMEDY)
     return folder / JSON_FILE
 
 

@@ -162,8 +162,7 @@ def load(path: str | pathlib.Path) -> Results:
 
 def save(results: Results, about: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Writes `perplexity.json` at once, with the values of `about` (JSON) before the results; returns its path."""
-    content = json.dumps({**about, **to_dict(results)}, indent=1, allow_nan=False)
-    files.write(folder / JSON_FILE, lambda file: file.write(content.encode()), _REMEDY)
+    files.write_json(folder / JSON_FILE, {**about, **to_dict(results)}, _REMEDY)
     return folder / JSON_FILE
 
 
