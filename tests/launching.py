@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / "data" / "launch"
 
 # Plays, on each start, the next line of the file $TRAIN: an exit code, or several with commas, one a machine; `wait` is
-# until SIGTERM, then 42; `stuck` is until SIGKILL.
+# until SIGTERM, then 42; `stuck` is until SIGKILL, and makes $TRAIN.stuck when it has begun.
 TRAINING = r"""#!/bin/bash
 trap 'echo saved; exit 42' TERM
 starts=$TRAIN.$MACHINE
@@ -27,7 +27,7 @@ number=$(wc -l < "$starts")
 echo "$MACHINE starts $number: $*"
 action=$(sed -n "${number}p" "$TRAIN")
 case "$action" in *,*) action=$(cut -d, -f$((${MACHINE#machine} + 1)) <<< "$action") ;; esac
-[ "$action" = stuck ] && trap '' TERM
+[ "$action" = stuck ] && trap '' TERM && touch "$TRAIN.stuck"
 while [ "$action" = wait ] || [ "$action" = stuck ]; do sleep 0.02; done
 exit "$action"
 """

@@ -166,9 +166,11 @@ def test_an_interrupt_ends_all(play, number):
     assert shown.count("saved") == 2 and shown.endswith("] stopped\n") and gone(tiny)
 
 
-def test_who_ignores_an_interrupt_is_killed(play):
+def test_who_ignores_an_interrupt_is_killed(play, tmp_path):
     tiny = play("stuck,wait")
     with launched(tiny, grace=2.0) as process:
+        while not (tmp_path / "train.stuck").exists():
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # whose user is impatient
