@@ -27,15 +27,15 @@ class Termination:
     """Ends the process with code 42 ("retry me") when SIGTERM comes; a context manager, for the main thread.
 
     Python runs signal handlers in the main thread and only between its bytecodes, which a compilation can keep from
-    happening for longer than a scheduler waits. So a thread acts: at once, unless the main thread is inside `deferred`,
-    then when it leaves that. A further SIGTERM changes nothing. Never entered, it only keeps `rescue` and `deferred`
-    working, as in a notebook.
+    happening for longer than a scheduler waits. So a thread acts, at once, and from then on the main thread does not
+    enter `deferred`. A further SIGTERM changes nothing. Never entered, it only keeps `rescue` and `deferred` working,
+    as in a notebook.
     """
 
     def __init__(self):
         self._turn = threading.Condition()
         self._requested = threading.Event()
-        self._enough: Callable[[], bool] = _always
+        self._enough: Callable[[], bool] = lambda: True
         self._save: Callable[[], str] = nothing
 
     def __enter__(self) -> "Termination":
@@ -60,7 +60,7 @@ class Termination:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Puts SIGTERM off during the block: for what changes the state that a rescue saves."""
+        """Keeps `halted` waiting during the block: for what changes the state that a rescue saves."""
         with self._turn:
             while self._requested.is_set() and self._enough():
                 self._turn.wait()  # the process is about to end
@@ -74,9 +74,8 @@ class Termination:
         """Has SIGTERM call `save` during the block, and not at once exit.
 
         Args:
-          save: called in another thread, while the main thread is anywhere in the block but not inside `deferred`;
-            returns the line to print. A `UserError` of it makes the exit code 2. Of blocks in each other the
-            innermost's is called.
+          save: called in another thread, while the main thread is anywhere in the block; returns the line to print. A
+            `UserError` of it makes the exit code 2. Of blocks in each other the innermost's is called.
         """
         with self.deferred():
             outer, self._save = self._save, save
@@ -86,17 +85,21 @@ class Termination:
             with self.deferred():
                 self._save = outer
 
-    def go_on(self, enough: Callable[[], bool], seconds: float) -> bool:
-        """Has the main thread go on until `enough()`, and returns whether that came in time.
+    @contextlib.contextmanager
+    def halted(self, enough: Callable[[], bool] = lambda: True, seconds: float = 0.0) -> Iterator[bool]:
+        """Keeps the main thread out of `deferred` during the block: for the `save` of a rescue.
 
-        For the `save` of a rescue, if another process is further than this one. `enough` changes in `deferred` alone.
+        Args:
+          enough: what has to be true before, if another process is further than this one; the main thread goes on
+            through `deferred`, where alone this changes, until it is.
+          seconds: for which it goes on at the most.
+
+        Gives whether it is.
         """
-        self._enough = enough
-        self._turn.notify_all()
-        try:
-            return self._turn.wait_for(enough, seconds)
-        finally:
-            self._enough = _always
+        with self._turn:
+            self._enough = enough
+            self._turn.notify_all()
+            yield self._turn.wait_for(enough, seconds)
 
     def _notice(self, *_: Any) -> None:
         with contextlib.suppress(OSError):  # full, so there is news enough
@@ -109,24 +112,19 @@ class Termination:
                     return
         self._requested.set()
         distributed.tell_all(distributed.TERMINATED)
-        with self._turn:
-            code = 1
-            try:
-                code = cli.exit_code(self._report) or cli.RETRY
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)  # the main thread may be compiling yet
+        code = 1
+        try:
+            code = cli.exit_code(self._report) or cli.RETRY
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)  # the main thread may be compiling yet
 
     def _report(self) -> None:
         line = self._save()
         with contextlib.suppress(OSError):  # whoever read it may have been terminated too
             print(f"terminated: {line}", file=sys.stderr)
             sys.stdout.flush()
-
-
-def _always() -> bool:
-    return True
 
 
 def nothing() -> str:

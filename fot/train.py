@@ -208,10 +208,10 @@ def _loop(
     reports: _Reports,
     termination: Termination,
 ) -> TrainState:
-    """Trains to the end. SIGTERM may find the main thread anywhere but in `deferred`, and saves the variables here."""
+    """Trains to the end. SIGTERM saves the variables here, when the main thread is anywhere but in `deferred`."""
     config, train, first = run.config, run.config.train, int(state.step)
     place, writer, progress, log, trace, watch = reports
-    step, position = first, None
+    step, begun, position = first, first, None
     steps: dict[int, Callable] = {}
 
     def save() -> None:
@@ -221,16 +221,17 @@ def _loop(
 
     def rescue() -> str:
         try:
-            # Of several processes, a step that one has begun needs all of them.
-            last = distributed.agree("last step", step)
-            if not termination.go_on(lambda: step >= last, distributed.AGREE):
-                raise LostError(f"another process is at step {last} and this one, for too long, at {step}")
-            if step > first:
-                save()
-                checkpoints.wait()
-            writer.close()
-            place.close()
-            distributed.part(step)
+            # Of several processes, a step that one has begun needs all of them: it can't end before they have agreed.
+            last = distributed.agree("last step", begun)
+            with termination.halted(lambda: step >= last, distributed.AGREE) as there:
+                if not there:
+                    raise LostError(f"another process is at step {last} and this one, for too long, at {step}")
+                if step > first:
+                    save()
+                    checkpoints.wait()
+                writer.close()
+                place.close()
+                distributed.part(step)
         except UserError as error:
             if (lost := distributed.lost(error)) is None:
                 raise
@@ -257,6 +258,7 @@ def _loop(
                 jax.block_until_ready(state)
                 with clock.stopped():
                     steps[d] = _compile(run, d, step, log)
+            begun = step + 1
             with termination.deferred():
                 checkpoints.check()
                 clock.count(step, data_wait)

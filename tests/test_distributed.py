@@ -175,6 +175,31 @@ def test_sigterm_to_one_ends_all():
         assert (code, errors) == (42, "terminated: there was nothing to save; the same command starts again\n")
 
 
+def test_a_step_that_one_has_begun_is_finished_by_all():
+    # The first waits for the second inside its step, while the second is terminated before it begins its own.
+    body = (
+        "import signal\nfrom fot.termination import Termination\n"
+        "client, step, begun = distributed._state().client, 0, 0\n"
+        "def rescue():\n"
+        "    last = distributed.agree('last', begun)\n"
+        "    with termination.halted(lambda: step >= last, 60) as there: return f'step {step} of {last}, {there}'\n"
+        "with Termination() as termination, termination.rescue(rescue):\n"
+        "    for n in (1, 2):\n"
+        "        if number and n == 2:\n"
+        "            client.blocking_key_value_get('begun', 60_000)\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            time.sleep(1)\n"
+        "        begun = n\n"
+        "        with termination.deferred():\n"
+        "            if n == 2 and not number: client.key_value_set('begun', '2')\n"
+        "            client.wait_at_barrier(f'step {n}', 60_000)\n"
+        "            step = n\n"
+        "    time.sleep(60)"
+    )
+    for code, _, errors in ran(body):
+        assert (code, errors) == (42, "terminated: step 2 of 2, True\n")
+
+
 PREEMPTION = """
 import os, pathlib, signal, sys, time, jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point as reached

@@ -175,6 +175,18 @@ def kill_in_a_save(run: Run, draw: random.Random) -> None:
     assert STEPS not in run.complete(), "it was not killed"
 
 
+def sigterm_to_one_of_two(run: Run, draw: random.Random) -> None:
+    number, step = draw.randrange(2), draw.randrange(1, STEPS - LEAST)
+    with run.started() as processes:
+        until(lambda: run.place.step(run.name) >= step, *processes)
+        time.sleep(draw.uniform(0, 0.05))
+        processes[number].terminate()
+        ended = codes(processes)
+    said = [run.place.errors(run.name, each)[-1] for each in (0, 1)]
+    saved = f"terminated: step {max(run.complete(), default=0)} is saved; the same command goes on from it"
+    assert ended == [cli.RETRY] * 2 and said == [saved] * 2 and run.place.step(run.name) == max(run.complete()), said
+
+
 def sigterm_in_compilation(run: Run, draw: random.Random) -> None:
     with run.started(JAX_ENABLE_COMPILATION_CACHE="false") as [process]:
         until(lambda: "training documents" in run.out(), process)
@@ -297,6 +309,7 @@ DRILLS = [
     Drill(2, one_of_two_is_stuck),
     Drill(1, kill_in_a_save),
     Drill(2, kill_in_a_save),
+    Drill(2, sigterm_to_one_of_two),
     Drill(1, sigterm_in_compilation),
     Drill(1, sigterm_in_evaluation),
     Drill(1, sigterm_in_a_save),

@@ -174,7 +174,7 @@ def test_a_place_is_in_this_package_and_in_what_it_has_called(tmp_path):
             watch.begin()
             watch.end()
         watch.begin()
-        with termination.deferred():
-            termination.go_on(lambda: calls, 0.5)
+        with termination.halted(lambda: calls, 0.5):
+            pass
     [(_, _, place)] = calls
     assert re.fullmatch(r"fot/termination\.py, line \d+ \(threading\.py, line \d+\)", place)

@@ -30,20 +30,29 @@ def ready():
 
 
 def save():
-    ready()
-    time.sleep(0.3)
-    saved.write_text(str(done))
+    with termination.halted() as there:
+        assert there
+        ready()
+        time.sleep(0.3)
+        saved.write_text(str(done))
     return "saved"
 
 
 def further():
-    assert termination.go_on(lambda: done[1] >= 5, 60)
-    saved.write_text(str(done))
+    with termination.halted(lambda: done[1] >= 5, 60) as there:
+        assert there
+        saved.write_text(str(done))
     return "saved"
 
 
 def stuck():
-    return str(termination.go_on(lambda: False, 0.2))
+    with termination.halted(lambda: False, 0.2) as there:
+        return str(there)
+
+
+def at_once():
+    saved.write_text("at once")
+    return "saved"
 
 
 def fail():
@@ -64,6 +73,7 @@ BODIES = {
         "            with termination.deferred():\n"
         "                done[0] += 1; ready(); time.sleep(0.05); done[1] += 1"
     ),
+    "told inside": "with termination.rescue(at_once), termination.deferred():\n        ready(); busy()",
     "behind": (
         "with termination.rescue(further):\n"
         "        while True:\n"
@@ -105,6 +115,10 @@ def test_it_waits_for_a_change_to_be_whole(tmp_path):
     code, saved, _ = terminated(tmp_path, "deferred")
     first, second = eval(saved)
     assert code == cli.RETRY and first == second > 0
+
+
+def test_what_needs_no_whole_change_is_done_at_once(tmp_path):
+    assert terminated(tmp_path, "told inside") == (cli.RETRY, "at once", "terminated: saved\n")
 
 
 def test_it_goes_on_to_where_another_process_is_and_no_further(tmp_path):
