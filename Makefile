@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 TEST_STAMP := .venv/.installed-test
+SIDE_BY_SIDE := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 # On a CPU, huge pages spare a train step most of its page faults; elsewhere this does nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -40,10 +41,10 @@ passkey: $(STAMP)  ## Train passkey retrieval and evaluate it in prompts of up t
 	$(BIN)/python -m fot.evaluate passkey --workdir=runs/passkey_tiny
 
 test: $(TEST_STAMP) lint  ## Lint, and run every test that isn't slow, files side by side.
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
-test-slow: $(TEST_STAMP)  ## Run the slow tests alone.
-	$(BIN)/python -m pytest -m slow
+test-slow: $(TEST_STAMP)  ## Run the slow tests alone, files side by side.
+	$(BIN)/python -m pytest -m slow $(SIDE_BY_SIDE)
 
 lint: $(TEST_STAMP)  ## Check lint rules and format.
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, final
@@ -34,7 +35,7 @@ class Termination:
 
     def __init__(self):
         self._turn = threading.Condition()
-        self._requested = threading.Event()
+        self._requested, self._changing = threading.Event(), threading.Lock()
         self._enough: Callable[[], bool] = lambda: True
         self._save: Callable[[], str] = nothing
 
@@ -77,13 +78,11 @@ class Termination:
           save: called in another thread, while the main thread is anywhere in the block; returns the line to print. A
             `UserError` of it makes the exit code 2. Of blocks in each other the innermost's is called.
         """
-        with self.deferred():
-            outer, self._save = self._save, save
+        outer = self._change(save)
         try:
             yield
         finally:
-            with self.deferred():
-                self._save = outer
+            self._change(outer)
 
     @contextlib.contextmanager
     def halted(self, enough: Callable[[], bool] = lambda: True, seconds: float = 0.0) -> Iterator[bool]:
@@ -101,6 +100,15 @@ class Termination:
             self._turn.notify_all()
             yield self._turn.wait_for(enough, seconds)
 
+    def _change(self, save: Callable[[], str]) -> Callable[[], str]:
+        """Has SIGTERM call another one, and returns the one before; after SIGTERM doesn't return."""
+        with self._changing:
+            if not self._requested.is_set():
+                before, self._save = self._save, save
+                return before
+        while True:
+            time.sleep(1)  # the process is about to end
+
     def _notice(self, *_: Any) -> None:
         with contextlib.suppress(OSError):  # full, so there is news enough
             self._sent.send(bytes([signal.SIGTERM]))
@@ -110,7 +118,8 @@ class Termination:
             while signal.SIGTERM not in (numbers := self._received.recv(64)):
                 if not numbers:
                     return
-        self._requested.set()
+        with self._changing:
+            self._requested.set()
         distributed.tell_all(distributed.TERMINATED)
         code = 1
         try:

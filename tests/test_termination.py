@@ -74,6 +74,13 @@ BODIES = {
         "                done[0] += 1; ready(); time.sleep(0.05); done[1] += 1"
     ),
     "told inside": "with termination.rescue(at_once), termination.deferred():\n        ready(); busy()",
+    "leaving": (
+        "with termination.rescue(save):\n"
+        "        done[:] = 1, 1\n"
+        "        ready()\n"
+        "        while not termination._requested.is_set(): time.sleep(0.01)\n"
+        "    saved.write_text('left')"
+    ),
     "behind": (
         "with termination.rescue(further):\n"
         "        while True:\n"
@@ -119,6 +126,10 @@ def test_it_waits_for_a_change_to_be_whole(tmp_path):
 
 def test_what_needs_no_whole_change_is_done_at_once(tmp_path):
     assert terminated(tmp_path, "told inside") == (cli.RETRY, "at once", "terminated: saved\n")
+
+
+def test_a_block_is_left_before_sigterm_or_not_at_all(tmp_path):
+    assert terminated(tmp_path, "leaving") == (cli.RETRY, "[1, 1]", "terminated: saved\n")
 
 
 def test_it_goes_on_to_where_another_process_is_and_no_further(tmp_path):
