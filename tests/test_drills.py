@@ -141,26 +141,30 @@ def codes(processes: Sequence[subprocess.Popen]) -> list[int]:
     return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in processes]
 
 
-def kill_one_of_two_in_a_step(run: Run, draw: random.Random) -> None:
-    number, step = draw.randrange(2), draw.randrange(1, STEPS - LEAST)
-    with run.started() as processes:
+def signal_one_of_two(
+    run: Run, draw: random.Random, which: signal.Signals, first: int = 1, flags: Sequence[str] = ()
+) -> tuple[int, list[int]]:
+    """Sends a signal to one of two after a step, `first` at least; returns its number, and the exit codes of both."""
+    number, step = draw.randrange(2), draw.randrange(first, STEPS - LEAST)
+    with run.started(flags=flags) as processes:
         until(lambda: run.place.step(run.name) >= step, *processes)
         time.sleep(draw.uniform(0, 0.05))
-        processes[number].kill()
-        ended = codes(processes)
+        processes[number].send_signal(which)
+        return number, codes(processes)
+
+
+def kill_one_of_two_in_a_step(run: Run, draw: random.Random) -> None:
+    number, ended = signal_one_of_two(run, draw, signal.SIGKILL)
     assert ended[number] == -signal.SIGKILL and ended[1 - number] in ENDED, run.place.errors(run.name, 1 - number)
 
 
 def one_of_two_is_stuck(run: Run, draw: random.Random) -> None:
-    number, step = draw.randrange(2), draw.randrange(profiling.KNOWN + 1, STEPS - LEAST)
-    with run.started(flags=["--config.train.stuck_seconds=12"]) as processes:
-        until(lambda: run.place.step(run.name) >= step, *processes)
-        time.sleep(draw.uniform(0, 0.05))
-        processes[number].send_signal(signal.SIGUSR1)
-        ended = codes(processes)
+    limit = "--config.train.stuck_seconds=12"
+    _, ended = signal_one_of_two(run, draw, signal.SIGUSR1, profiling.KNOWN + 1, [limit])
     said = [run.place.errors(run.name, each) for each in (0, 1)]
     assert ended == [cli.RETRY] * 2, said
-    for line in (line for lines in said for line in lines if line.startswith("error:")):
+    for lines in said:
+        [line] = [line for line in lines if line.startswith("error:")]
         assert line.startswith("error: nothing has come for ") and "from the newest checkpoint" in line, line
         assert all(f"process {each} is at step " in line for each in (0, 1)), line  # in different places
 
@@ -176,12 +180,7 @@ def kill_in_a_save(run: Run, draw: random.Random) -> None:
 
 
 def sigterm_to_one_of_two(run: Run, draw: random.Random) -> None:
-    number, step = draw.randrange(2), draw.randrange(1, STEPS - LEAST)
-    with run.started() as processes:
-        until(lambda: run.place.step(run.name) >= step, *processes)
-        time.sleep(draw.uniform(0, 0.05))
-        processes[number].terminate()
-        ended = codes(processes)
+    _, ended = signal_one_of_two(run, draw, signal.SIGTERM)
     said = [run.place.errors(run.name, each)[-1] for each in (0, 1)]
     saved = f"terminated: step {max(run.complete(), default=0)} is saved; the same command goes on from it"
     assert ended == [cli.RETRY] * 2 and said == [saved] * 2 and run.place.step(run.name) == max(run.complete()), said
